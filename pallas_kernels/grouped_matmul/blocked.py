@@ -1,0 +1,81 @@
+"""`grouped_matmul` in plain JAX at a cost in proportion to the rows: blocks of rows, group by group.
+
+Two nested loops with run-time bounds, over the groups and over the blocks of one group. A block may
+run past its group's end: the product of the next group overwrites those rows, since groups are
+visited in order, and the weight gradient masks them. Not differentiated through: the op's
+`custom_vjp` calls `forward` and `wgrad`.
+"""
+
+import jax.numpy as jnp
+from jax import lax
+
+
+def unsupported(lhs, rhs, transpose_rhs) -> str | None:
+    """Why this implementation cannot run the call; it can run any."""
+    del lhs, rhs, transpose_rhs
+    return None
+
+
+def block_rows(rows: int, groups: int) -> int:
+    """Rows a block: about half a mean group, a power of two in [8, 256].
+
+    Larger blocks make the products efficient, and waste half a block a group.
+    """
+    half_mean = max(1, rows // (2 * groups))
+    return min(256, max(8, 1 << (half_mean - 1).bit_length()))
+
+
+def _bounds(group_sizes):
+    ends = jnp.cumsum(group_sizes)
+    return ends - group_sizes, ends
+
+
+def forward(lhs, rhs, group_sizes, *, transpose_rhs, out_dtype):
+    """`out[r] = lhs[r] @ rhs[group of r]`."""
+    rows = lhs.shape[0]
+    groups, n = rhs.shape[0], rhs.shape[1 if transpose_rhs else 2]
+    block = block_rows(rows, groups)
+    starts, ends = _bounds(group_sizes)
+    padded = jnp.pad(lhs, ((0, block), (0, 0)))
+    contract = (((1,), (1 if transpose_rhs else 0,)), ((), ()))
+
+    def one_group(g, out):
+        weight = lax.dynamic_index_in_dim(rhs, g, keepdims=False)
+
+        def one_block(i, out):
+            start = starts[g] + i * block
+            left = lax.dynamic_slice_in_dim(padded, start, block)
+            product = lax.dot_general(left, weight, contract, preferred_element_type=jnp.float32)
+            return lax.dynamic_update_slice_in_dim(out, product.astype(out_dtype), start, 0)
+
+        return lax.fori_loop(0, -(-group_sizes[g] // block), one_block, out)
+
+    out = lax.fori_loop(0, groups, one_group, jnp.zeros((rows + block, n), out_dtype))[:rows]
+    return jnp.where(jnp.arange(rows)[:, None] < ends[-1], out, 0)
+
+
+def wgrad(lhs, dout, group_sizes, *, out_dtype):
+    """`out[g] = lhs[rows of g].T @ dout[rows of g]`."""
+    rows, k = lhs.shape
+    n, groups = dout.shape[1], group_sizes.shape[0]
+    block = block_rows(rows, groups)
+    starts, ends = _bounds(group_sizes)
+    left_rows = jnp.pad(lhs, ((0, block), (0, 0)))
+    right_rows = jnp.pad(dout, ((0, block), (0, 0)))
+
+    def one_group(g, out):
+        def one_block(i, total):
+            start = starts[g] + i * block
+            left = lax.dynamic_slice_in_dim(left_rows, start, block)
+            right = lax.dynamic_slice_in_dim(right_rows, start, block)
+            left = jnp.where(start + jnp.arange(block)[:, None] < ends[g], left, 0)
+            contract = (((0,), (0,)), ((), ()))
+            return total + lax.dot_general(left, right, contract, preferred_element_type=jnp.float32)
+
+        zero = jnp.zeros((k, n), jnp.float32)
+        total = lax.fori_loop(0, -(-group_sizes[g] // block), one_block, zero)
+        return lax.dynamic_update_index_in_dim(out, total.astype(out_dtype), g, 0)
+
+    return lax.fori_loop(0, groups, one_group, jnp.zeros((groups, k, n), out_dtype))
+
+
