@@ -6,17 +6,26 @@ passed on its own so that no copy of it is made for every head.
 """
 
 import functools
+import math
 
 import jax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import implementations
-from pallas_kernels.mla_attention import reference
+from pallas_kernels.mla_attention import chunked, cudnn, reference
 
 # Each module offers `attention(q, k, v, k_rope, q_segments, kv_segments, *, scale, causal)` that
 # returns (output, log-sum-exp) and is differentiable, and `unsupported(q, k, v, k_rope, ...)`.
-_MODULES = {"reference": reference}
-_PREFERENCE = {"cpu": ("reference",), "gpu": ("reference",), "tpu": ("reference",)}
+_MODULES = {"reference": reference, "chunked": chunked, "cudnn": cudnn}
+
+# The reference keeps every score: up to this many (256 MiB in float32) "auto" prefers it to "chunked".
+_FEW_SCORES = 2**26
+
+
+def _preference(q, k):
+    scores = math.prod(q.shape[:3]) * k.shape[1]
+    plain = ("reference",) if scores <= _FEW_SCORES else ("chunked",)
+    return {"cpu": plain, "gpu": ("cudnn", *plain), "tpu": plain}
 
 
 def mla_attention(
@@ -45,7 +54,9 @@ def mla_attention(
       segment_ids: attend within equal ids only (packed documents).
       kv_segment_ids: ids of the keys; those of the queries by default (then `q_len == kv_len`).
       return_lse: also return the float32 log-sum-exp of the scaled, masked logits.
-      implementation: `"auto"`, or one by name: `"reference"`.
+      implementation: `"auto"`, or one by name: `"reference"` (every score at once), `"chunked"` (plain
+        JAX, memory linear in the length) or `"cudnn"` (GPU; no segment ids, no gradient through the
+        log-sum-exp).
 
     Returns:
       The output in the dtype of q; a query that sees no key gets 0 and log-sum-exp -inf.
@@ -62,7 +73,7 @@ def mla_attention(
         name: functools.partial(module.unsupported, *arrays, causal=causal)
         for name, module in _MODULES.items()
     }
-    chosen = implementations.choose("mla_attention", implementation, constraints, _PREFERENCE)
+    chosen = implementations.choose("mla_attention", implementation, constraints, _preference(q, k))
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     with jax.named_scope(f"mla_attention_{chosen}"):
         out, lse = _MODULES[chosen].attention(*arrays, scale=scale, causal=causal)

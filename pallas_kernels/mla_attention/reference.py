@@ -1,6 +1,10 @@
 """The meaning of `mla_attention`: plain `jax.numpy`, float32 softmax, the whole score matrix at once."""
 
+import functools
+
 import jax.numpy as jnp
+
+_dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def unsupported(q, k, v, k_rope, q_segments, kv_segments, *, causal) -> str | None:
@@ -14,9 +18,9 @@ def attention(q, k, v, k_rope, q_segments, kv_segments, *, scale, causal):
     batch, q_len, heads, d_qk = q.shape
     kv_len, kv_heads, d_k = k.shape[1:]
     grouped = q.reshape(batch, q_len, kv_heads, heads // kv_heads, d_qk)
-    logits = jnp.einsum("bsgrd,btgd->bgrst", grouped[..., :d_k], k, preferred_element_type=jnp.float32)
+    logits = _dot("bsgrd,btgd->bgrst", grouped[..., :d_k], k)
     if k_rope is not None:
-        logits += jnp.einsum("bsgrd,btd->bgrst", grouped[..., d_k:], k_rope, preferred_element_type=jnp.float32)
+        logits += _dot("bsgrd,btd->bgrst", grouped[..., d_k:], k_rope)
     logits *= scale
 
     visible = jnp.ones((1, q_len, kv_len), bool)
@@ -33,7 +37,7 @@ def attention(q, k, v, k_rope, q_segments, kv_segments, *, scale, causal):
     total = weights.sum(-1, keepdims=True)
     seen = total > 0
     probabilities = weights / jnp.where(seen, total, 1)
-    out = jnp.einsum("bgrst,btgd->bsgrd", probabilities.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    out = _dot("bgrst,btgd->bsgrd", probabilities.astype(v.dtype), v)
     safe_total = jnp.log(jnp.where(seen, total, 1)) + jnp.where(seen, peak, 0)
     lse = jnp.where(seen, safe_total, -jnp.inf)[..., 0].reshape(batch, heads, q_len)
     return out.reshape(batch, q_len, heads, v.shape[-1]).astype(q.dtype), lse

@@ -1,0 +1,80 @@
+"""Attention through cuDNN, as JAX binds it. Hopper GPUs or newer, bf16 and fp16.
+
+`jax.nn.dot_product_attention` refuses value heads narrower than query heads in its own shape check;
+the function beneath it, private to JAX, accepts them. The shared RoPE key is copied to every head.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import implementations
+
+
+def unsupported(q, k, v, k_rope, q_segments, kv_segments, *, causal) -> str | None:
+    """Why this implementation cannot run the call, with the nearest supported choice."""
+    del k_rope, kv_segments
+    if implementations.platform() != "gpu":
+        return "cuDNN runs on GPUs; use 'chunked' or 'reference'"
+    if q.dtype not in (jnp.bfloat16, jnp.float16) or not q.dtype == k.dtype == v.dtype:
+        return f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; cuDNN takes all three bfloat16 or all float16"
+    if q_segments is not None:
+        return "cuDNN's packed layout takes document boundaries, not segment ids; use 'chunked'"
+    if causal and q.shape[1] != k.shape[1]:
+        lengths = f"q_len {q.shape[1]} must equal kv_len {k.shape[1]}"
+        return f"its causal mask aligns the starts, so {lengths}; use 'chunked'"
+    if 0 in q.shape or 0 in k.shape:
+        return "an empty axis; use 'chunked'"
+    d_qk, d_v = q.shape[-1], v.shape[-1]
+    if not (d_qk == d_v and d_qk <= 128 and d_qk % 8 == 0 or (d_qk, d_v) == (192, 128)):
+        taken = "it takes 192 and 128, or equal multiples of 8 up to 128"
+        return f"widths {d_qk} and {d_v}; {taken}; use 'chunked'"
+    return _missing()
+
+
+@functools.cache
+def _missing() -> str | None:
+    """Why cuDNN is out of reach on this machine: not installed, too old, or the GPU is."""
+    from jax._src.cudnn import fused_attention_stablehlo as fused
+
+    try:
+        version = fused.check_cudnn_version()
+    except RuntimeError:
+        return "cuDNN is not installed; install jax[cuda13], or use 'chunked'"
+    if version < 91000:
+        return f"cuDNN {version} is older than 91000; update it, or use 'chunked'"
+    if not fused.check_compute_capability("9.0"):
+        return "the GPU is older than Hopper; use 'chunked'"
+    return None
+
+
+def attention(q, k, v, k_rope, q_segments, kv_segments, *, scale, causal):
+    """Returns the output `[batch, q_len, heads, d_v]` and the log-sum-exp `[batch, heads, q_len]`."""
+    del q_segments, kv_segments
+    from jax._src.cudnn import fused_attention_stablehlo as fused
+
+    if k_rope is not None:
+        shared = jnp.broadcast_to(k_rope[:, :, None], (*k.shape[:3], k_rope.shape[-1]))
+        k = jnp.concatenate([k, shared], -1)
+    mask = fused.MaskType.CAUSAL if causal else fused.MaskType.NO_MASK
+    out, lse = fused.dot_product_attention(q, k, v, scale=scale, mask_type=mask, return_residual=True)
+    return out, _without_gradient(lse)
+
+
+@jax.custom_vjp
+def _without_gradient(lse):
+    return lse
+
+
+def _without_gradient_backward(_, d_lse):
+    if isinstance(d_lse, jax.custom_derivatives.SymbolicZero):
+        return (d_lse,)
+    # JAX's cuDNN binding drops this cotangent: a wrong gradient if it went unnoticed.
+    raise implementations.UnsupportedError(
+        "mla_attention: implementation='cudnn' has no gradient through the log-sum-exp; "
+        "use 'chunked', or jax.lax.stop_gradient(lse)"
+    )
+
+
+_without_gradient.defvjp(lambda lse: (lse.value, None), _without_gradient_backward, symbolic_zeros=True)
