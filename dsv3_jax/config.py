@@ -126,7 +126,7 @@ class OptimizerConfig:
     schedule: str = "cosine"  # "constant", "cosine", "multi_step", "v2" or "v3".
     warmup_steps: int = 100
     final_ratio: float = 0.1  # "cosine" and "v3": the floor of the cosine over the peak.
-    milestones: tuple[float, ...] = ()  # "multi_step": where the rate drops; "v2", "v3": () means the paper's.
+    milestones: tuple[float, ...] = ()  # "multi_step": where the rate drops. "v2", "v3": () is the paper's.
     multipliers: tuple[float, ...] = ()  # "multi_step": the rate over the peak after each milestone.
 
 
@@ -171,7 +171,8 @@ class MeshConfig:
 
     data: int = -1
     expert: int = 1
-    sharding: str = "replicated"  # Over `data`: "replicated", "zero1" (optimizer state) or "fsdp" (parameters too).
+    # Over `data`: "replicated", "zero1" (optimizer state is split) or "fsdp" (parameters too).
+    sharding: str = "replicated"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,59 @@
+"""What every part of the model is made of: parameters with logical axes, RMSNorm, SwiGLU."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+
+def weight(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], std: float):
+    """Declares a float32 parameter of `module`, normal with deviation `std`, with its logical axes."""
+    init = nn.with_partitioning(nn.initializers.normal(std), axes)
+    return module.param(name, init, shape, jnp.float32)
+
+
+def rms_norm(x: Float[Array, "*batch d"], scale: Float[Array, " d"], eps: float) -> Float[Array, "*batch d"]:
+    """RMSNorm (arXiv 1910.07467), in float32, returned in the dtype of x."""
+    wide = x.astype(jnp.float32)
+    normal = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), -1, keepdims=True) + eps)
+    return (normal * scale).astype(x.dtype)
+
+
+def swiglu(gate_up: Float[Array, "*batch two_f"]) -> Float[Array, "*batch f"]:
+    """SiLU(gate) * up (arXiv 2002.05202); the gate is the first half of the last axis."""
+    gate, up = jnp.split(gate_up, 2, axis=-1)
+    return jax.nn.silu(gate) * up
+
+
+def ffn(
+    x: Float[Array, "*batch d"], gate_up: Float[Array, "d two_f"], down: Float[Array, "f d"]
+) -> Float[Array, "*batch d"]:
+    """The SwiGLU feed-forward network, in the dtype of x."""
+    hidden = checkpoint_name(x @ gate_up.astype(x.dtype), "ffn_gate_up")
+    return swiglu(hidden) @ down.astype(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm with a learned scale; the leaf is called `scale`, which weight decay passes over."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
+        init = nn.with_partitioning(nn.initializers.ones, ("norm",))
+        return rms_norm(x, self.param("scale", init, (x.shape[-1],), jnp.float32), self.eps)
+
+
+class FFN(nn.Module):
+    """A dense SwiGLU layer of hidden width `d_ff`: gate and up are one matrix, the gate first."""
+
+    d_ff: int
+    init_std: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
+        d_model = x.shape[-1]
+        gate_up = weight(self, "gate_up", (d_model, 2 * self.d_ff), ("embed", "mlp"), self.init_std)
+        down = weight(self, "down", (self.d_ff, d_model), ("mlp", "embed"), self.init_std)
+        return ffn(x, gate_up, down)

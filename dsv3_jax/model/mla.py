@@ -1,0 +1,120 @@
+"""Multi-head latent attention (DeepSeek-V2 §2.1, DeepSeek-V3 §2.1.1, eqs 1-11), the expanded form.
+
+Keys and values are expanded from a latent c_KV that is small enough to cache, and position enters
+through a decoupled part of query and key, the key's shared by all heads. The matrices that apply to
+the same input are stored as one: [W_UQ; W_QR], [W_DKV; W_KR] and [W_UK; W_UV].
+"""
+
+from typing import TypedDict
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.model.layers import rms_norm, weight
+from dsv3_jax.model.rope import Rotation, rotate, softmax_scale
+from pallas_kernels import mla_attention
+
+
+class MLAWeights(TypedDict, total=False):
+    """The parameters of one layer; `w_dq` and `q_norm` are absent without query compression."""
+
+    w_dq: Float[Array, "d q_rank"]
+    q_norm: Float[Array, " q_rank"]
+    w_uq_qr: Float[Array, "q_in heads nope_rope"]
+    w_dkv_kr: Float[Array, "d kv_rank_rope"]
+    kv_norm: Float[Array, " kv_rank"]
+    w_uk_uv: Float[Array, "kv_rank heads nope_v"]
+    w_o: Float[Array, "heads v d"]
+
+
+def queries(
+    w: MLAWeights, h: Float[Array, "batch seq d"], turn: Rotation, config: ModelConfig
+) -> Float[Array, "batch seq heads nope_rope"]:
+    """q_i = [q_C,i ; q_R,i] for every head (eqs 6-9)."""
+    c_q = h
+    if "w_dq" in w:
+        c_q = checkpoint_name(h @ w["w_dq"].astype(h.dtype), "mla_latent")  # eq 6
+        c_q = rms_norm(c_q, w["q_norm"], config.norm_eps)
+    q = jnp.einsum("bsr,rhe->bshe", c_q, w["w_uq_qr"].astype(h.dtype))  # eqs 7 and 8
+    q_c, q_r = jnp.split(q, [config.attention.qk_nope_head_dim], axis=-1)
+    return jnp.concatenate([q_c, rotate(q_r, turn, config.rope.interleaved)], axis=-1)  # eq 9
+
+
+def latents(
+    w: MLAWeights, h: Float[Array, "batch seq d"], turn: Rotation, config: ModelConfig
+) -> tuple[Float[Array, "batch seq kv_rank"], Float[Array, "batch seq rope"]]:
+    """(c_KV, k_R): all that generation caches of a token (eqs 1 and 3); c_KV is normalised."""
+    both = checkpoint_name(h @ w["w_dkv_kr"].astype(h.dtype), "mla_latent")
+    c_kv, k_r = jnp.split(both, [config.attention.kv_lora_rank], axis=-1)
+    return rms_norm(c_kv, w["kv_norm"], config.norm_eps), rotate(k_r, turn, config.rope.interleaved)
+
+
+def keys_values(
+    w: MLAWeights, c_kv: Float[Array, "batch seq kv_rank"], config: ModelConfig
+) -> tuple[Float[Array, "batch seq heads nope"], Float[Array, "batch seq heads v"]]:
+    """(k_C, v) expanded from the latent (eqs 2 and 5)."""
+    both = jnp.einsum("bsr,rhe->bshe", c_kv, w["w_uk_uv"].astype(c_kv.dtype))
+    k_c, v = jnp.split(both, [config.attention.qk_nope_head_dim], axis=-1)
+    return k_c, v
+
+
+def mla(
+    w: MLAWeights,
+    h: Float[Array, "batch seq d"],
+    turn: Rotation,
+    segment_ids: Int[Array, "batch seq"] | None,
+    config: ModelConfig,
+) -> Float[Array, "batch seq d"]:
+    """u_t = W_O [o_1; ...; o_h] over a whole sequence (eqs 10 and 11), causal, in the dtype of h."""
+    attention = config.attention
+    with jax.named_scope("mla_project"):
+        q = queries(w, h, turn, config)
+        c_kv, k_r = latents(w, h, turn, config)
+        k_c, v = keys_values(w, c_kv, config)
+    out = mla_attention(
+        q,
+        k_c,
+        v,
+        k_rope=k_r,
+        scale=softmax_scale(config.rope, q.shape[-1]),
+        segment_ids=segment_ids,
+        implementation=attention.implementation,
+    )  # eq 10: the key of head i is [k_C,i ; k_R] (eq 4)
+    out = checkpoint_name(out, "attention_out")
+    return jnp.einsum("bshe,hed->bsd", out, w["w_o"].astype(h.dtype))
+
+
+class MLA(nn.Module):
+    """Declares the parameters of `mla` and calls it."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, h, turn, segment_ids):
+        config, a = self.config, self.config.attention
+        d, std = config.d_model, config.init_std
+        ones = nn.with_partitioning(nn.initializers.ones, ("norm",))
+        w: MLAWeights = {}
+        query_in, query_axis = d, "embed"
+        if a.q_lora_rank:
+            query_in, query_axis = a.q_lora_rank, "latent"
+            w["w_dq"] = weight(self, "w_dq", (d, a.q_lora_rank), ("embed", "latent"), std)
+            w["q_norm"] = self.param("q_norm_scale", ones, (a.q_lora_rank,), jnp.float32)
+        width = a.qk_nope_head_dim + a.qk_rope_head_dim
+        w["w_uq_qr"] = weight(
+            self, "w_uq_qr", (query_in, a.n_heads, width), (query_axis, "heads", "head"), std
+        )
+        w["w_dkv_kr"] = weight(
+            self, "w_dkv_kr", (d, a.kv_lora_rank + a.qk_rope_head_dim), ("embed", "latent"), std
+        )
+        w["kv_norm"] = self.param("kv_norm_scale", ones, (a.kv_lora_rank,), jnp.float32)
+        width = a.qk_nope_head_dim + a.v_head_dim
+        w["w_uk_uv"] = weight(
+            self, "w_uk_uv", (a.kv_lora_rank, a.n_heads, width), ("latent", "heads", "head"), std
+        )
+        w["w_o"] = weight(self, "w_o", (a.n_heads, a.v_head_dim, d), ("heads", "head", "embed"), std)
+        return mla(w, h, turn, segment_ids, config)

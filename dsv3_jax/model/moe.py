@@ -1,0 +1,48 @@
+"""The DeepSeekMoE layer (arXiv 2401.06066; DeepSeek-V3 §2.1.2): shared and routed experts."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.model.balance import balance_loss
+from dsv3_jax.model.experts import routed_experts
+from dsv3_jax.model.layers import FFN, weight
+from dsv3_jax.model.router import load, route
+
+
+class RouterReport(NamedTuple):
+    """What a MoE layer tells the train step. An output, not a side effect: recomputing counts nothing twice."""
+
+    counts: Int[Array, "*layers experts"]  # Tokens sent to each expert.
+    balance_loss: Float[Array, "*layers"]
+
+
+class MoE(nn.Module):
+    """`FFN_shared(u) + sum_i g_i FFN_i(u)` (V3 eq 12), without the residual.
+
+    The router bias is the variable `bias` of the collection `router`: float32 state, not a parameter.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, u: Float[Array, "batch seq d"]) -> tuple[Float[Array, "batch seq d"], RouterReport]:
+        moe, d, std = self.config.moe, self.config.d_model, self.config.init_std
+        centroids = weight(self, "centroids", (d, moe.n_experts), ("embed", None), std)
+        bias = self.variable("router", "bias", jnp.zeros, (moe.n_experts,), jnp.float32)
+        shape = (moe.n_experts, d, 2 * moe.d_ff_expert)
+        gate_up = weight(self, "gate_up", shape, ("experts", "embed", "mlp"), std)
+        shape = (moe.n_experts, moe.d_ff_expert, d)
+        down = weight(self, "down", shape, ("experts", "mlp", "embed"), std)
+
+        with jax.named_scope("route"):
+            routing = route(u, centroids, bias.value, moe)
+        out = routed_experts(u, routing.indices, routing.gates, gate_up, down, moe.implementation)
+        if moe.n_shared:
+            with jax.named_scope("shared_experts"):
+                out += FFN(moe.n_shared * moe.d_ff_expert, std, name="shared")(u)
+        return out, RouterReport(load(routing.indices, moe.n_experts), balance_loss(routing, moe))

@@ -1,0 +1,116 @@
+"""The device mesh and the one table that maps logical axes of arrays to its axes.
+
+The batch is split over `data` x `expert`, the experts' weights over `expert`. ZeRO-1 splits the
+optimizer state over `data` too, FSDP also the parameters (DeepSeek-V3 §3.1; arXiv 1910.02054). Any axis
+may be 1, and one device runs the same code.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dsv3_jax.config import MeshConfig
+
+AXES = ("data", "expert")
+
+# Logical axis -> mesh axes. Axes that are not listed are never split by name; `data` may still take
+# the largest of them when a state is sharded over the replicas (`state_spec`).
+LOGICAL_AXES: dict[str, tuple[str, ...]] = {"batch": ("data", "expert"), "experts": ("expert",)}
+
+_current: ContextVar[Mesh | None] = ContextVar("mesh", default=None)
+
+
+def mesh_shape(config: MeshConfig, n_devices: int) -> tuple[int, int]:
+    """Sizes of (data, expert) on `n_devices`, with -1 resolved.
+
+    Raises:
+      ValueError: the axes do not multiply to a number of devices that exists.
+    """
+    sizes = [config.data, config.expert]
+    if -1 in sizes:
+        known = math.prod(size for size in sizes if size != -1)
+        sizes = [n_devices // known if size == -1 else size for size in sizes]
+    if math.prod(sizes) > n_devices or math.prod(sizes) < 1:
+        wanted = f"data={config.data} x expert={config.expert}"
+        raise ValueError(f"a mesh of {wanted} does not fit {n_devices} devices")
+    return sizes[0], sizes[1]
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh (data, expert) over the first devices that it needs."""
+    devices = jax.devices() if devices is None else list(devices)
+    shape = mesh_shape(config, len(devices))
+    return Mesh(np.array(devices[: math.prod(shape)]).reshape(shape), AXES)
+
+
+@contextlib.contextmanager
+def use_mesh(mesh: Mesh | None) -> Iterator[None]:
+    """Makes `mesh` the one that `constrain` and `current_mesh` see while a function is traced."""
+    token = _current.set(mesh)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def current_mesh() -> Mesh | None:
+    """The mesh of the surrounding `use_mesh`, None when there is none or it has one device."""
+    mesh = _current.get()
+    return None if mesh is None or mesh.size == 1 else mesh
+
+
+def spec(*logical: str | None) -> PartitionSpec:
+    """The PartitionSpec of an array with these logical axes."""
+    return PartitionSpec(*(LOGICAL_AXES.get(axis) if axis else None for axis in logical))
+
+
+def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
+    """Pins the layout of an activation by its logical axes; does nothing without a mesh."""
+    mesh = current_mesh()
+    if mesh is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(*logical)))
+
+
+def state_spec(
+    logical: Sequence[str | None], shape: Sequence[int], mesh: Mesh, over_data: bool
+) -> PartitionSpec:
+    """The layout of a parameter or of its optimizer state.
+
+    `over_data` also splits the largest dimension that no name splits and that `data` divides (never
+    `layers`: the scan takes slices of it).
+    """
+    axes = [LOGICAL_AXES.get(axis) if axis else None for axis in logical]
+    size = mesh.shape["data"]
+    if over_data and size > 1:
+        free = [
+            i
+            for i, axis in enumerate(axes)
+            if axis is None and logical[i] != "layers" and shape[i] % size == 0
+        ]
+        if free:
+            axes[max(free, key=lambda i: shape[i])] = ("data",)
+    return PartitionSpec(*axes)
+
+
+def state_shardings(boxed: Any, mesh: Mesh, over_data: bool) -> Any:
+    """NamedShardings for a tree of Flax-partitioned ShapeDtypeStructs, as `state_spec` lays them out."""
+
+    def one(leaf: Any) -> NamedSharding:
+        if isinstance(leaf, nn.Partitioned):
+            return NamedSharding(mesh, state_spec(leaf.names, leaf.value.shape, mesh, over_data))
+        return NamedSharding(mesh, PartitionSpec())
+
+    return jax.tree.map(one, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The layout of an array that every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
