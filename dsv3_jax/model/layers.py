@@ -40,9 +40,13 @@ class RMSNorm(nn.Module):
     eps: float
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
+    def scale(self, width: int) -> Float[Array, " width"]:
+        """Declares the scale alone, for a pure function that does the rest."""
         init = nn.with_partitioning(nn.initializers.ones, ("norm",))
-        return rms_norm(x, self.param("scale", init, (x.shape[-1],), jnp.float32), self.eps)
+        return self.param("scale", init, (width,), jnp.float32)
+
+    def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
+        return rms_norm(x, self.scale(x.shape[-1]), self.eps)
 
 
 class FFN(nn.Module):

@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.model.layers import rms_norm, weight
+from dsv3_jax.model.layers import RMSNorm, rms_norm, weight
 from dsv3_jax.model.rope import Rotation, rotate, softmax_scale
 from pallas_kernels import mla_attention
 
@@ -97,13 +97,12 @@ class MLA(nn.Module):
     def __call__(self, h, turn, segment_ids):
         config, a = self.config, self.config.attention
         d, std = config.d_model, config.init_std
-        ones = nn.with_partitioning(nn.initializers.ones, ("norm",))
         w: MLAWeights = {}
         query_in, query_axis = d, "embed"
         if a.q_lora_rank:
             query_in, query_axis = a.q_lora_rank, "latent"
             w["w_dq"] = weight(self, "w_dq", (d, a.q_lora_rank), ("embed", "latent"), std)
-            w["q_norm"] = self.param("q_norm_scale", ones, (a.q_lora_rank,), jnp.float32)
+            w["q_norm"] = RMSNorm(config.norm_eps, name="q_norm").scale(a.q_lora_rank)
         width = a.qk_nope_head_dim + a.qk_rope_head_dim
         w["w_uq_qr"] = weight(
             self, "w_uq_qr", (query_in, a.n_heads, width), (query_axis, "heads", "head"), std
@@ -111,7 +110,7 @@ class MLA(nn.Module):
         w["w_dkv_kr"] = weight(
             self, "w_dkv_kr", (d, a.kv_lora_rank + a.qk_rope_head_dim), ("embed", "latent"), std
         )
-        w["kv_norm"] = self.param("kv_norm_scale", ones, (a.kv_lora_rank,), jnp.float32)
+        w["kv_norm"] = RMSNorm(config.norm_eps, name="kv_norm").scale(a.kv_lora_rank)
         width = a.qk_nope_head_dim + a.v_head_dim
         w["w_uk_uv"] = weight(
             self, "w_uk_uv", (a.kv_lora_rank, a.n_heads, width), ("latent", "heads", "head"), std

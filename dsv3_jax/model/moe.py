@@ -15,7 +15,7 @@ from dsv3_jax.model.router import load, route
 
 
 class RouterReport(NamedTuple):
-    """What a MoE layer tells the train step. An output, not a side effect: recomputing counts nothing twice."""
+    """What a MoE layer tells the train step: an output, so that recomputing counts nothing twice."""
 
     counts: Int[Array, "*layers experts"]  # Tokens sent to each expert.
     balance_loss: Float[Array, "*layers"]

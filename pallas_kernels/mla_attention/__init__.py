@@ -17,6 +17,7 @@ from pallas_kernels.mla_attention import chunked, cudnn, reference
 # Each module offers `attention(q, k, v, k_rope, q_segments, kv_segments, *, scale, causal)` that
 # returns (output, log-sum-exp) and is differentiable, and `unsupported(q, k, v, k_rope, ...)`.
 _MODULES = {"reference": reference, "chunked": chunked, "cudnn": cudnn}
+IMPLEMENTATIONS = tuple(_MODULES)
 
 # The reference keeps every score: up to this many (256 MiB in float32) "auto" prefers it to "chunked".
 _FEW_SCORES = 2**26

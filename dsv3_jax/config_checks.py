@@ -1,0 +1,370 @@
+"""From a ConfigDict to a valid `Config`: every problem found before any compute, all in one message."""
+
+import ast
+import dataclasses
+import difflib
+import math
+import os
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dsv3_jax.config import Config, ModelConfig
+
+
+class Problem(NamedTuple):
+    """One thing wrong with a configuration."""
+
+    field: str  # Dotted, as on the command line without `config.`.
+    value: Any
+    fix: str
+
+    def __str__(self) -> str:
+        return f"  {self.field} = {self.value!r}: {self.fix}"
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run; the message lists every problem with its field, value and fix."""
+
+    def __init__(self, problems: Iterable[Problem]):
+        self.problems = list(problems)
+        count = len(self.problems)
+        title = f"{count} problem{'s' if count > 1 else ''} in the configuration:"
+        super().__init__("\n".join([title, *map(str, self.problems)]))
+
+
+def override(tree: Any, assignments: Iterable[str]) -> list[Problem]:
+    """Applies `a.b.c=value` assignments to a ConfigDict in place; unknown names come back as problems."""
+    problems = []
+    for assignment in assignments:
+        path, _, text = assignment.partition("=")
+        *parents, leaf = path.split(".")
+        node = tree
+        for name in parents:
+            node = node[name] if isinstance(node, Mapping) or hasattr(node, "keys") and name in node else None
+            if node is None:
+                break
+        if node is None or not hasattr(node, "keys") or leaf not in node:
+            problems.append(Problem(path, text, _unknown(path, _names(tree))))
+            continue
+        try:
+            node[leaf] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            node[leaf] = {"true": True, "false": False}.get(text.lower(), text)
+    return problems
+
+
+def typed(tree: Any, problems: Iterable[Problem] = ()) -> Config:
+    """The frozen `Config` of a ConfigDict (or nested dict), checked by itself.
+
+    Args:
+      tree: sections and fields; missing ones take their defaults.
+      problems: found before, to be reported together with those found here.
+
+    Raises:
+      ConfigError: with every problem: unknown names, wrong types, impossible or contradictory values.
+    """
+    found = list(problems)
+    config = _convert(Config, tree, "", found)
+    if not found:  # Relations between fields mean nothing while single fields are wrong.
+        found += check(config)
+    if found:
+        raise ConfigError(found)
+    return config
+
+
+def _names(tree: Any, prefix: str = "") -> list[str]:
+    names = []
+    for name in tree.keys():
+        value = tree[name]
+        names += _names(value, f"{prefix}{name}.") if hasattr(value, "keys") else [f"{prefix}{name}"]
+    return names
+
+
+def _unknown(path: str, names: list[str]) -> str:
+    close = difflib.get_close_matches(path, names, n=1, cutoff=0.5)
+    return f"unknown field; did you mean {close[0]}?" if close else "unknown field; remove it"
+
+
+def _convert(cls: type, tree: Any, prefix: str, problems: list[Problem]) -> Any:
+    hints = typing.get_type_hints(cls)
+    defaults = cls()
+    values = {}
+    for name in tree.keys():
+        value, path = tree[name], prefix + name
+        if name not in hints:
+            problems.append(Problem(path, _plain(value), _unknown(path, [prefix + known for known in hints])))
+        elif dataclasses.is_dataclass(hints[name]):
+            if hasattr(value, "keys"):
+                values[name] = _convert(hints[name], value, path + ".", problems)
+            else:
+                problems.append(Problem(path, value, "must be a section of fields"))
+        else:
+            try:
+                values[name] = _coerce(hints[name], value)
+            except TypeError as error:
+                problems.append(Problem(path, value, f"{error}, for example {getattr(defaults, name)!r}"))
+    return dataclasses.replace(defaults, **values)
+
+
+def _plain(value: Any) -> Any:
+    return value.to_dict() if hasattr(value, "to_dict") else value
+
+
+def _coerce(kind: Any, value: Any) -> Any:
+    """The value as `kind`; integers written as floats (1e6) and floats written as integers are taken."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is bool and isinstance(value, bool) or kind is str and isinstance(value, str):
+        return value
+    if kind is int and number and math.isfinite(value) and int(value) == value:
+        return int(value)
+    if kind is float and number and math.isfinite(value):
+        return float(value)
+    if isinstance(kind, types.GenericAlias) and isinstance(value, list | tuple):
+        return tuple(_coerce(kind.__args__[0], item) for item in value)
+    wanted = {bool: "true or false", str: "text", int: "a whole number", float: "a finite number"}
+    raise TypeError(f"must be {wanted.get(kind, 'a list of finite numbers')}")
+
+
+def check(config: Config) -> list[Problem]:
+    """Everything wrong with the values of a configuration, whatever the machine."""
+    report = _Report(config)
+    _check_choices(report)
+    _check_ranges(report)
+    _check_attention(report, config.model)
+    if config.model.moe.n_dense_layers < config.model.n_layers:
+        _check_moe(report, config.model)
+    _check_training(report, config)
+    return report.problems
+
+
+class _Report:
+    """Collects problems; fields are named by their dotted path."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.problems: list[Problem] = []
+
+    def value(self, path: str) -> Any:
+        node: Any = self.config
+        for name in path.split("."):
+            node = getattr(node, name)
+        return node
+
+    def require(self, condition: bool, path: str, fix: str) -> None:
+        if not condition:
+            self.problems.append(Problem(path, self.value(path), fix))
+
+
+_CHOICES = {
+    "model.attention.kind": ("mla", "mha", "gqa", "mqa"),
+    "model.moe.group_score": ("top2_sum", "max"),
+    "model.moe.gate": ("sigmoid", "softmax"),
+    "model.mtp.kind": ("sequential", "parallel"),
+    "optimizer.schedule": ("constant", "cosine", "multi_step", "v2", "v3"),
+    "optimizer.moment_dtype": ("float32", "bfloat16"),
+    "train.precision": ("bf16", "fp32"),
+    "train.remat": ("none", "full", "dots", "v3"),
+    "train.ema_memory": ("device", "host"),
+    "mesh.sharding": ("replicated", "zero1", "fsdp"),
+}
+
+_MINIMUM = {
+    "model": {"vocab_size": 2, "d_model": 1, "n_layers": 1, "d_ff": 1, "max_seq_len": 1},
+    "model.attention": {"n_heads": 1, "q_lora_rank": 0},
+    "model.rope": {"yarn_factor": 1, "yarn_original_len": 1},
+    "model.moe": {"n_dense_layers": 0, "n_shared": 0, "bias_speed": 0},
+    "model.mtp": {"depth": 0, "loss_weight": 0, "final_loss_weight": 0},
+    "data": {"read_threads": 0},
+    "optimizer": {"peak_lr": 0, "weight_decay": 0, "clip_norm": 0, "warmup_steps": 0, "final_ratio": 0},
+    "train": {
+        "steps": 1,
+        "seq_len": 1,
+        "batch_size": 1,
+        "micro_batch_size": 0,
+        "ramp_start_batch": 0,
+        "token_budget": 0,
+        "seed": 0,
+        "loss_chunk": 0,
+        "log_every": 1,
+        "eval_every": 0,
+        "eval_batches": 1,
+        "max_bad_steps": 1,
+        "spike_factor": 1,
+        "sample_tokens": 0,
+    },
+    "checkpoint": {"every": 0, "keep_last": 1, "keep_best": 0},
+}
+_LOSSES = ("sequence_loss", "batch_loss", "expert_loss", "device_loss", "communication_loss")
+_FRACTIONS = ("model.moe.bias_until", "model.mtp.loss_weight_until", "train.ramp_until")
+_BELOW_ONE = ("optimizer.b1", "optimizer.b2", "train.ema_decay")
+_POSITIVE = ("model.norm_eps", "model.init_std", "model.rope.theta", "optimizer.eps")
+
+
+def _check_choices(report: _Report) -> None:
+    import pallas_kernels
+
+    kernels = {
+        "model.attention.implementation": pallas_kernels.mla_attention,
+        "model.moe.implementation": pallas_kernels.grouped_matmul,
+    }
+    choices = _CHOICES | {path: ("auto", *implementations_of(op)) for path, op in kernels.items()}
+    for path, allowed in choices.items():
+        report.require(report.value(path) in allowed, path, f"choose one of {', '.join(allowed)}")
+
+
+def implementations_of(op: Any) -> tuple[str, ...]:
+    """The names that `implementation=` of an op of `pallas_kernels` takes, besides "auto"."""
+    import sys
+
+    return tuple(sys.modules[op.__module__].IMPLEMENTATIONS)
+
+
+def _check_ranges(report: _Report) -> None:
+    for section, fields in _MINIMUM.items():
+        for name, least in fields.items():
+            path = f"{section}.{name}"
+            report.require(report.value(path) >= least, path, f"must be at least {least}")
+    for name in _LOSSES:
+        path = f"model.moe.{name}"
+        report.require(report.value(path) >= 0, path, "must be at least 0")
+    for path in _FRACTIONS:
+        report.require(0 <= report.value(path) <= 1, path, "is a fraction of the token budget, from 0 to 1")
+    for path in _BELOW_ONE:
+        report.require(0 <= report.value(path) < 1, path, "must be at least 0 and below 1")
+    for path in _POSITIVE:
+        report.require(report.value(path) > 0, path, "must be above 0")
+
+
+def _check_attention(report: _Report, model: ModelConfig) -> None:
+    attention, at = model.attention, "model.attention."
+    if attention.kind == "mla":
+        for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
+            report.require(getattr(attention, name) >= 1, at + name, "must be at least 1")
+        even = attention.qk_rope_head_dim % 2 == 0
+        report.require(even, at + "qk_rope_head_dim", "RoPE turns pairs, so it must be even")
+        for name in ("q_lora_rank", "kv_lora_rank"):
+            fits = getattr(attention, name) <= model.d_model
+            fix = f"a latent wider than model.d_model = {model.d_model} compresses nothing; at most that"
+            report.require(fits, at + name, fix)
+    else:
+        report.require(attention.head_dim >= 2, at + "head_dim", "must be at least 2")
+        report.require(attention.head_dim % 2 == 0, at + "head_dim", "RoPE turns pairs, so it must be even")
+    if attention.kind == "gqa":
+        fits = attention.n_kv_heads >= 1 and attention.n_heads % attention.n_kv_heads == 0
+        report.require(fits, at + "n_kv_heads", f"must divide model.attention.n_heads = {attention.n_heads}")
+    fast, slow = model.rope.yarn_beta_fast, model.rope.yarn_beta_slow
+    report.require(fast > slow > 0, "model.rope.yarn_beta_fast", f"must be above yarn_beta_slow = {slow} > 0")
+
+
+def _check_moe(report: _Report, model: ModelConfig) -> None:
+    moe, at = model.moe, "model.moe."
+    for name in ("n_experts", "top_k", "d_ff_expert", "n_groups", "topk_groups"):
+        report.require(getattr(moe, name) >= 1, at + name, "must be at least 1")
+    if report.problems:
+        return
+    report.require(moe.top_k <= moe.n_experts, at + "top_k", f"at most n_experts = {moe.n_experts}")
+    divides = moe.n_experts % moe.n_groups == 0
+    report.require(divides, at + "n_groups", f"must divide n_experts = {moe.n_experts}")
+    report.require(moe.topk_groups <= moe.n_groups, at + "topk_groups", f"at most n_groups = {moe.n_groups}")
+    if not divides or moe.topk_groups > moe.n_groups:
+        return
+    a_group = moe.n_experts // moe.n_groups
+    fix = f"{moe.topk_groups} groups of {a_group} experts hold only {moe.topk_groups * a_group}"
+    report.require(moe.top_k <= moe.topk_groups * a_group, at + "top_k", fix)
+    limited = moe.topk_groups < moe.n_groups and moe.group_score == "top2_sum"
+    report.require(
+        a_group >= 2 or not limited, at + "group_score", "groups of one expert have no two best; use max"
+    )
+
+
+def _check_training(report: _Report, config: Config) -> None:
+    train, optimizer, model = config.train, config.optimizer, config.model
+    longest = model.max_seq_len
+    report.require(train.seq_len <= longest, "train.seq_len", f"at most model.max_seq_len = {longest}")
+    depth = model.mtp.depth
+    report.require(depth < train.seq_len, "model.mtp.depth", f"below train.seq_len = {train.seq_len}")
+    chunk = train.loss_chunk
+    report.require(
+        not chunk or train.seq_len % chunk == 0, "train.loss_chunk", f"must divide seq_len = {train.seq_len}"
+    )
+    micro = train.micro_batch_size or train.batch_size
+    fix = f"must divide train.batch_size = {train.batch_size}"
+    report.require(train.batch_size % micro == 0, "train.micro_batch_size", fix)
+    start = train.ramp_start_batch
+    fix = f"a multiple of the micro-batch {micro}, at most batch_size = {train.batch_size}"
+    report.require(start % micro == 0 and start <= train.batch_size, "train.ramp_start_batch", fix)
+    report.require(not start or train.ramp_until > 0, "train.ramp_until", "above 0 when a ramp is asked for")
+
+    stones = optimizer.milestones
+    ordered = list(stones) == sorted(set(stones)) and all(0 < stone <= 1 for stone in stones)
+    report.require(ordered, "optimizer.milestones", "fractions of the token budget, rising, above 0 to 1")
+    wanted = {"v2": 2, "v3": 3}.get(optimizer.schedule)
+    if wanted is not None:
+        fix = f"the {optimizer.schedule} schedule has {wanted} milestones, or () for the paper's"
+        report.require(len(stones) in (0, wanted), "optimizer.milestones", fix)
+    if optimizer.schedule == "multi_step":
+        report.require(len(stones) > 0, "optimizer.milestones", "the multi_step schedule needs them")
+        fix = "one for each milestone, at least 0"
+        good = len(optimizer.multipliers) == len(stones) and all(m >= 0 for m in optimizer.multipliers)
+        report.require(good, "optimizer.multipliers", fix)
+
+
+def check_machine(config: Config, n_devices: int, workdir: str | os.PathLike | None) -> list[Problem]:
+    """What does not fit this machine: the mesh, the batch and the experts over it, the work directory."""
+    problems = check_mesh(config, n_devices)
+    if workdir is not None:
+        blocked = _unwritable(Path(workdir))
+        if blocked:
+            problems.append(Problem("workdir", str(workdir), blocked))
+    return problems
+
+
+def check_mesh(config: Config, n_devices: int) -> list[Problem]:
+    """What of the mesh does not fit `n_devices`, the batch or the experts."""
+    report = _Report(config)
+    mesh, micro = config.mesh, config.train.micro_batch_size or config.train.batch_size
+    sizes = {"mesh.data": mesh.data, "mesh.expert": mesh.expert}
+    for path, size in sizes.items():
+        report.require(size == -1 or size >= 1, path, "must be at least 1, or -1 for the rest of the devices")
+    report.require(
+        list(sizes.values()) != [-1, -1], "mesh.expert", "only one axis may be -1; give this one a size"
+    )
+    if report.problems:
+        return report.problems
+    known = math.prod(size for size in sizes.values() if size != -1)
+    report.require(
+        known <= n_devices and (-1 not in sizes.values() or n_devices % known == 0),
+        "mesh.data" if mesh.data != -1 else "mesh.expert",
+        f"mesh {mesh.data} x {mesh.expert} does not fit {n_devices} devices; "
+        f"for example data={max(1, n_devices // max(1, math.gcd(mesh.expert, n_devices)))}, "
+        f"expert={max(1, math.gcd(mesh.expert, n_devices))}",
+    )
+    if report.problems:
+        return report.problems
+    data = n_devices // known if mesh.data == -1 else mesh.data
+    expert = n_devices // known if mesh.expert == -1 else mesh.expert
+    report.require(
+        micro % (data * expert) == 0,
+        "train.micro_batch_size" if config.train.micro_batch_size else "train.batch_size",
+        f"a micro-batch of {micro} sequences must divide over data x expert = {data} x {expert}",
+    )
+    moe = config.model.moe
+    if moe.n_dense_layers < config.model.n_layers:
+        fix = f"must divide model.moe.n_experts = {moe.n_experts}"
+        report.require(moe.n_experts % expert == 0, "mesh.expert", fix)
+    return report.problems
+
+
+def _unwritable(path: Path) -> str | None:
+    """Why a directory cannot be created or written, looking at the nearest part of it that exists."""
+    nearest = path.absolute()
+    while not nearest.exists() and nearest != nearest.parent:
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        return f"{nearest} is not a directory; choose another"
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        return f"{nearest} is not writable; choose another or change its permissions"
+    return None
