@@ -77,5 +77,3 @@ def wgrad(lhs, dout, group_sizes, *, out_dtype):
         return lax.dynamic_update_index_in_dim(out, total.astype(out_dtype), g, 0)
 
     return lax.fori_loop(0, groups, one_group, jnp.zeros((groups, k, n), out_dtype))
-
-
