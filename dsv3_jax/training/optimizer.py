@@ -1,0 +1,106 @@
+"""AdamW (arXiv 1711.05101) with global clipping, decoupled decay and moments in fp32 or bf16.
+
+The arithmetic is that of `optax.adamw` and the state is optax's, but moments and parameter of a leaf are
+updated in one expression, in which each output can overwrite its input. Chained transformations keep a
+copy of all updates, and a select of old or new state around them keeps a copy of all moments; a model
+that nearly fills the device has room for neither.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float
+
+from dsv3_jax.config import OptimizerConfig
+
+Params = Any  # A nested dict of fp32 arrays: Flax's "params" collection.
+
+NORM_PARAMETER = "scale"
+EMBEDDING_PARAMETER = "embedding"
+
+
+def init(params: Params, config: OptimizerConfig) -> optax.ScaleByAdamState:
+    """Zero moments of `moment_dtype`, in the tree of `params`, and an int32 count of updates."""
+    dtype = jnp.dtype(config.moment_dtype)
+
+    def zeros() -> Params:
+        return jax.tree.map(lambda p: jnp.zeros_like(p, dtype), params)
+
+    return optax.ScaleByAdamState(count=jnp.zeros((), jnp.int32), mu=zeros(), nu=zeros())
+
+
+def decay_mask(params: Params, decay_embeddings: bool) -> Params:
+    """A tree of bools: which parameters decay. All but the scales of norms and, by option, embeddings.
+
+    Decided by the parameter's name: scanned layers stack their norms' scales into matrices, so the number
+    of dimensions says nothing.
+    """
+    exempt = {NORM_PARAMETER} if decay_embeddings else {NORM_PARAMETER, EMBEDDING_PARAMETER}
+
+    def decays(path: tuple[Any, ...], _: Any) -> bool:
+        names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+        return names[-1] not in exempt
+
+    return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def norm_and_clip_scale(grads: Params, clip_norm: float) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """The global L2 norm of `grads` in fp32, and the factor that brings it down to `clip_norm`.
+
+    A `clip_norm` of 0 clips nothing. The norm is not finite if any gradient is not.
+    """
+    squares = [jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(grads)]
+    norm = jnp.sqrt(sum(squares, jnp.zeros((), jnp.float32)))
+    if clip_norm <= 0:
+        return norm, jnp.ones((), jnp.float32)
+    return norm, jnp.where(norm > clip_norm, clip_norm / norm, 1.0)
+
+
+def adamw_update(
+    params: Params,
+    grads: Params,
+    state: optax.ScaleByAdamState,
+    learning_rate: Float[Array, ""] | float,
+    clip_scale: Float[Array, ""] | float,
+    config: OptimizerConfig,
+    finite: Bool[Array, ""] | bool = True,
+) -> tuple[Params, optax.ScaleByAdamState]:
+    """One AdamW step: `(params, state)` after it.
+
+    Gradients are multiplied by `clip_scale` first (see `norm_and_clip_scale`). Arithmetic is in fp32 and
+    moments are rounded to `moment_dtype` once, where they are stored; the step uses them as stored.
+    Where `finite` is false, parameters, moments and count come back unchanged, whatever `grads` holds.
+    """
+    count = optax.safe_increment(state.count)
+    correction1 = 1 - jnp.float32(config.b1) ** count
+    correction2 = 1 - jnp.float32(config.b2) ** count
+    dtype = jnp.dtype(config.moment_dtype)
+
+    def leaf(p: Array, g: Array, mu: Array, nu: Array, decays: bool) -> tuple[Array, Array, Array]:
+        g = g.astype(jnp.float32) * clip_scale
+        new_mu = config.b1 * mu.astype(jnp.float32) + (1 - config.b1) * g
+        new_nu = config.b2 * nu.astype(jnp.float32) + (1 - config.b2) * g * g
+        # The parameter must read the moments after the select: reading the values before it would keep
+        # the old moments alive, and with them a second copy of every moment.
+        mu = jnp.where(finite, new_mu.astype(dtype), mu)
+        nu = jnp.where(finite, new_nu.astype(dtype), nu)
+        if dtype != jnp.float32:
+            # XLA may otherwise skip the rounding in what the parameter reads, with the same effect.
+            mu, nu = jax.lax.optimization_barrier((mu, nu))
+        update = (mu.astype(jnp.float32) / correction1) / (
+            jnp.sqrt(nu.astype(jnp.float32) / correction2) + config.eps
+        )
+        if decays:
+            update += config.weight_decay * p
+        return jnp.where(finite, p - learning_rate * update, p), mu, nu
+
+    with jax.named_scope("adamw"):
+        mask = decay_mask(params, config.decay_embeddings)
+        updated = jax.tree.map(leaf, params, grads, state.mu, state.nu, mask)
+        params, mu, nu = jax.tree.transpose(
+            jax.tree.structure(params), jax.tree.structure((0, 0, 0)), updated
+        )
+    count = jnp.where(finite, count, state.count)
+    return params, optax.ScaleByAdamState(count=count, mu=mu, nu=nu)
