@@ -1,0 +1,69 @@
+"""Everything that a training step carries: its shapes, its layout on the mesh, its first values."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax.core import meta
+from jax.sharding import Mesh
+
+from dsv3_jax.config import Config
+from dsv3_jax.model import Transformer, init_variables
+from dsv3_jax.parallel.mesh import replicated, state_shardings
+from dsv3_jax.training import optimizer
+
+
+class TrainState(NamedTuple):
+    """The state of training. The step is a pure function from one to the next."""
+
+    params: Any  # Flax's "params" collection, float32.
+    router: Any  # The router bias of every MoE layer, float32: not a parameter.
+    optimizer: optax.ScaleByAdamState
+
+
+def make_model(config: Config) -> Transformer:
+    """The model of a run, with its precision and remat policy."""
+    dtype = {"bf16": jnp.bfloat16, "fp32": jnp.float32}[config.train.precision]
+    return Transformer(config.model, dtype, config.train.remat)
+
+
+def _init(config: Config, rng: jax.Array) -> TrainState:
+    variables = init_variables(make_model(config), rng)
+    params = meta.unbox(variables["params"])
+    return TrainState(params, variables.get("router", {}), optimizer.init(params, config.optimizer))
+
+
+def abstract_state(config: Config, mesh: Mesh) -> TrainState:
+    """The state's ShapeDtypeStructs, each with its sharding on `mesh`; nothing is computed."""
+    rng = jax.ShapeDtypeStruct((), jax.random.key(0).dtype)
+    boxed = jax.eval_shape(lambda key: init_variables(make_model(config), key)["params"], rng)
+    shapes = jax.eval_shape(lambda key: _init(config, key), rng)
+    by_name = config.mesh.sharding
+    moments = state_shardings(boxed, mesh, over_data=by_name in ("zero1", "fsdp"))
+    layout = TrainState(
+        params=state_shardings(boxed, mesh, over_data=by_name == "fsdp"),
+        router=jax.tree.map(lambda _: replicated(mesh), shapes.router),
+        optimizer=optax.ScaleByAdamState(count=replicated(mesh), mu=moments, nu=moments),
+    )
+    return jax.tree.map(
+        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
+        shapes,
+        layout,
+    )
+
+
+def shardings(abstract: Any) -> Any:
+    """The shardings of a tree of ShapeDtypeStructs."""
+    return jax.tree.map(lambda leaf: leaf.sharding, abstract)
+
+
+def init_state(config: Config, mesh: Mesh) -> TrainState:
+    """The first state, from `train.seed`, computed where it will live."""
+    make = jax.jit(lambda rng: _init(config, rng), out_shardings=shardings(abstract_state(config, mesh)))
+    return make(jax.random.key(config.train.seed))
+
+
+def parameter_count(params: Any) -> int:
+    """Parameters in a tree of arrays or shapes."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
