@@ -40,7 +40,8 @@ class Tiling:
 
     n: int = 256
     stages: int = 4
-    band: int = 8
+    band: int = 4
+    scatter: bool = False
 
 
 ROWS = 2 * hopper.WARPGROUP_ROWS
@@ -79,9 +80,10 @@ def pad_to(x, multiples):
 def forward(lhs, rhs, group_sizes, *, transpose_rhs, out_dtype, tiling: Tiling | None = None):
     """`out[r] = lhs[r] @ rhs[group of r]`; rows past the sum of the sizes are zero."""
     rows, n = lhs.shape[0], rhs.shape[1 if transpose_rhs else 2]
+    tiling = tiling or Tiling()
     lhs, rhs = pad_to(lhs, (8, STEP)), pad_to(rhs, (STEP, STEP))
-    tiles, count = schedule.row_tiles(group_sizes, lhs.shape[0], ROWS)
-    out = _forward(tiles, count, lhs, rhs, transpose_rhs, jnp.dtype(out_dtype), tiling or Tiling())
+    tiles, count = schedule.row_tiles(group_sizes, lhs.shape[0], ROWS, tiling.band if tiling.scatter else 0)
+    out = _forward(tiles, count, lhs, rhs, transpose_rhs, jnp.dtype(out_dtype), tiling)
     return out if out.shape == (rows, n) else out[:rows, :n]
 
 
@@ -229,7 +231,9 @@ def store(value, out, out_smem, first, low, high, column):
         plgpu.commit_smem()
 
         def boxed(block=block, at=at):
-            plgpu.copy_smem_to_gmem(block, out.at[pl.ds(first, hopper.WARPGROUP_ROWS), pl.ds(at, width)])
+            rows = pl.ds(first, hopper.WARPGROUP_ROWS)
+            # The copy engine leaves out what lies past the last column, but not if it knows only one tile.
+            plgpu.copy_smem_to_gmem(block, out.at[rows, pl.ds(at, width)], predicate=at < out.shape[1])
 
         def by_row(block=block, at=at):
             hopper.store_rows(block, out, first, low, high, at)

@@ -139,5 +139,6 @@ def _store(value, out, out_smem, row, warpgroup, column):
         plgpu.wait_smem_to_gmem(1, wait_read_only=True)
         block[...] = value[:, i * width : (i + 1) * width].astype(out.dtype)
         plgpu.commit_smem()
-        # What lies past the matrix, in a tile at its edge, the copy engine leaves out.
-        plgpu.copy_smem_to_gmem(block, out.at[rows, pl.ds(column + i * width, width)])
+        at = column + i * width
+        # What lies past the last row the copy engine leaves out by itself.
+        plgpu.copy_smem_to_gmem(block, out.at[rows, pl.ds(at, width)], predicate=at < out.shape[1])
