@@ -68,7 +68,9 @@ def wgrad(lhs, dout, group_sizes, *, out_dtype):
             start = starts[g] + i * block
             left = lax.dynamic_slice_in_dim(left_rows, start, block)
             right = lax.dynamic_slice_in_dim(right_rows, start, block)
-            left = jnp.where(start + jnp.arange(block)[:, None] < ends[g], left, 0)
+            # In both: what belongs to the next group may be infinite, and zero times that is NaN.
+            ours = start + jnp.arange(block)[:, None] < ends[g]
+            left, right = jnp.where(ours, left, 0), jnp.where(ours, right, 0)
             contract = (((0,), (0,)), ((), ()))
             return total + lax.dot_general(left, right, contract, preferred_element_type=jnp.float32)
 

@@ -41,7 +41,6 @@ class Tiling:
     n: int = 256
     stages: int = 4
     band: int = 4
-    scatter: bool = False
 
 
 ROWS = 2 * hopper.WARPGROUP_ROWS
@@ -80,10 +79,9 @@ def pad_to(x, multiples):
 def forward(lhs, rhs, group_sizes, *, transpose_rhs, out_dtype, tiling: Tiling | None = None):
     """`out[r] = lhs[r] @ rhs[group of r]`; rows past the sum of the sizes are zero."""
     rows, n = lhs.shape[0], rhs.shape[1 if transpose_rhs else 2]
-    tiling = tiling or Tiling()
     lhs, rhs = pad_to(lhs, (8, STEP)), pad_to(rhs, (STEP, STEP))
-    tiles, count = schedule.row_tiles(group_sizes, lhs.shape[0], ROWS, tiling.band if tiling.scatter else 0)
-    out = _forward(tiles, count, lhs, rhs, transpose_rhs, jnp.dtype(out_dtype), tiling)
+    tiles, count = schedule.row_tiles(group_sizes, lhs.shape[0], ROWS)
+    out = _forward(tiles, count, lhs, rhs, transpose_rhs, jnp.dtype(out_dtype), tiling or Tiling())
     return out if out.shape == (rows, n) else out[:rows, :n]
 
 

@@ -25,7 +25,7 @@ def max_row_tiles(rows: int, groups: int, tile_rows: int) -> int:
 
 
 def row_tiles(
-    group_sizes: Int[Array, " groups"], rows: int, tile_rows: int, band: int = 0
+    group_sizes: Int[Array, " groups"], rows: int, tile_rows: int
 ) -> tuple[Int[Array, "tiles 4"], Int[Array, "1"]]:
     """Tiles of rows in order, and how many there are.
 
@@ -45,13 +45,6 @@ def row_tiles(
     tiles = jnp.where(ends > starts, -((aligned - ends) // tile_rows), 0)
     first, last = row_bounds(tiles)
     tile = jnp.arange(max_row_tiles(rows, groups, tile_rows), dtype=jnp.int32)
-    if band:
-        bands = last[-1] // band
-        P = int(1.618 * (tile.shape[0] // band + 1)) + 2
-        while any(P % d == 0 for d in range(2, int(P**0.5) + 1)):
-            P += 1
-        b = tile // band
-        tile = jnp.where(b < bands, b * P % jnp.maximum(bands, 1) * band + tile % band, tile)
     group = jnp.sum(tile[:, None] >= last[None, :], axis=1, dtype=jnp.int32)
     at = jnp.minimum(group, groups)
     start = aligned[at] + (tile - first[at]) * tile_rows

@@ -1,0 +1,150 @@
+"""`grouped_matmul` against float64 numpy, its schedule, and the lowering of its GPU kernels."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels import UnsupportedError, grouped_matmul, target_platform
+from pallas_kernels.grouped_matmul import mosaic_gpu, schedule
+from pallas_kernels.grouped_matmul.shapes import BENCHMARK
+
+needs_mosaic_gpu = pytest.mark.skipif(
+    jax.__version_info__ < (0, 11, 2), reason="the Mosaic GPU kernels need JAX 0.11.2"
+)
+SIZES = (5, 0, 17, 1, 0, 40, 9)
+PAST = 6
+
+
+def _operands(k=24, n=40, dtype=jnp.float32):
+    rng = np.random.default_rng(0)
+    rows = sum(SIZES) + PAST
+    x, w, dout = (rng.standard_normal(shape) for shape in ((rows, k), (len(SIZES), k, n), (rows, n)))
+    return *(jnp.asarray(a, dtype) for a in (x, w, dout)), jnp.asarray(SIZES, jnp.int32)
+
+
+def _slices(sizes):
+    ends = np.cumsum(sizes)
+    return [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+
+
+def _forward64(x, w):
+    out = np.zeros((x.shape[0], w.shape[2]))
+    for g, rows in enumerate(_slices(SIZES)):
+        out[rows] = np.asarray(x, np.float64)[rows] @ np.asarray(w, np.float64)[g]
+    return out
+
+
+@pytest.mark.parametrize("implementation", ["reference", "blocked", "auto"])
+@pytest.mark.parametrize("transpose", [False, True])
+def test_forward_and_gradients(implementation, transpose):
+    x, w, dout, sizes = _operands()
+    rhs = w.swapaxes(1, 2) if transpose else w
+
+    def loss(x, rhs):
+        out = grouped_matmul(x, rhs, sizes, transpose_rhs=transpose, implementation=implementation)
+        return jnp.sum(out * dout), out
+
+    (_, out), (dx, drhs) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(x, rhs)
+    x64, d64 = np.asarray(x, np.float64), np.asarray(dout, np.float64)
+    dw = np.stack([x64[rows].T @ d64[rows] for rows in _slices(SIZES)])
+    # Float32 sums of at most 40 products of unit variance.
+    np.testing.assert_allclose(out, _forward64(x, w), atol=2e-5)
+    np.testing.assert_allclose(dx, _forward64(dout, w.swapaxes(1, 2)), atol=2e-5)
+    np.testing.assert_allclose(drhs, dw.swapaxes(1, 2) if transpose else dw, atol=2e-5)
+    assert np.all(np.asarray(out)[sum(SIZES) :] == 0)
+
+
+def test_blocked_keeps_infinities_in_their_group():
+    x, w, dout, sizes = _operands()
+    grad = jax.grad(lambda w, x, dout: jnp.sum(grouped_matmul(x, w, sizes, implementation="blocked") * dout))
+    rows = _slices(SIZES)[3]
+    for poisoned in (grad(w, x.at[rows].set(jnp.inf), dout), grad(w, x, dout.at[rows].set(jnp.inf))):
+        finite = np.isfinite(poisoned).all(axis=(1, 2))
+        assert finite.tolist() == [g != 3 for g in range(len(SIZES))]
+
+
+def test_bad_calls_are_refused_with_the_reason():
+    x, w, _, sizes = _operands()
+    with pytest.raises(ValueError, match="do not contract"):
+        grouped_matmul(x, w.swapaxes(1, 2), sizes)
+    with pytest.raises(ValueError, match="expected \\(7,\\)"):
+        grouped_matmul(x, w, sizes[:-1])
+    if jax.default_backend() != "gpu":
+        with pytest.raises(UnsupportedError, match="older than 0.11.2|not on cpu"):
+            grouped_matmul(x, w, sizes, implementation="mosaic_gpu")
+
+
+# One shape, so that hypothesis draws sizes and nothing is compiled twice.
+EIGHT_SIZES = st.lists(st.one_of(st.integers(0, 9), st.integers(0, 128), st.just(0)), min_size=8, max_size=8)
+ROWS, TILE_ROWS = 8 * 128, 64
+_row_tiles = jax.jit(lambda sizes: schedule.row_tiles(sizes, ROWS, TILE_ROWS))
+_groups_by_size = jax.jit(schedule.groups_by_size)
+
+
+@settings(max_examples=60, deadline=None)
+@given(EIGHT_SIZES)
+def test_tiles_cover_every_row_once_and_never_two_groups(sizes):
+    tiles, count = _row_tiles(np.asarray(sizes, np.int32))
+    assert int(count[0]) <= tiles.shape[0]
+    owner = np.full(ROWS, -1)
+    for group, start, low, high in np.asarray(tiles)[: int(count[0])]:
+        assert start % schedule.ALIGN == 0 and start <= low < high <= min(start + TILE_ROWS, ROWS)
+        assert np.all(owner[low:high] == -1)
+        owner[low:high] = group
+    np.testing.assert_array_equal(owner, np.repeat(np.arange(9), [*sizes, ROWS - sum(sizes)]))
+
+
+@settings(max_examples=40, deadline=None)
+@given(EIGHT_SIZES)
+def test_groups_come_from_the_largest_down(sizes):
+    table = np.asarray(_groups_by_size(np.asarray(sizes, np.int32)))
+    assert sorted(table[:, 0]) == list(range(8))
+    lengths = table[:, 2] - table[:, 1]
+    assert np.all(np.diff(lengths) <= 0)
+    np.testing.assert_array_equal(lengths, np.asarray(sizes)[table[:, 0]])
+    np.testing.assert_array_equal(table[:, 2], np.cumsum(sizes)[table[:, 0]])
+
+
+def test_benchmark_sizes_fit():
+    for shape in BENCHMARK:
+        sizes = shape.sizes()
+        assert sizes.shape == (shape.groups,) and sizes.min() >= 0 and sizes.sum() <= shape.rows
+
+
+def _lowered(function, *shapes):
+    return jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def _shapes(rows, k, n, groups, dtype=jnp.bfloat16):
+    struct = jax.ShapeDtypeStruct
+    return struct((rows, k), dtype), struct((groups, k, n), dtype), struct((groups,), jnp.int32)
+
+
+@needs_mosaic_gpu
+@pytest.mark.parametrize(("rows", "k", "n", "groups"), [(4096, 2048, 2816, 64), (1001, 72, 40, 5)])
+def test_gpu_kernels_lower(rows, k, n, groups):
+    """Layouts and shared memory are checked on any machine; both layouts of the weights, and wgrad."""
+
+    def loss(x, w, sizes, transpose):
+        rhs = w.swapaxes(1, 2) if transpose else w
+        return jnp.sum(grouped_matmul(x, rhs, sizes, transpose_rhs=transpose, out_dtype=jnp.float32))
+
+    with target_platform("gpu"):
+        for transpose in (False, True):
+            text = _lowered(
+                lambda x, w, s, t=transpose: jax.grad(loss, argnums=(0, 1))(x, w, s, t),
+                *_shapes(rows, k, n, groups),
+            )
+            assert text.count("custom_call @mosaic_gpu") == 2  # dgrad and wgrad; nobody asks for the value.
+
+
+@needs_mosaic_gpu
+def test_auto_on_gpu_takes_the_kernel_for_bf16_only():
+    with target_platform("gpu"):
+        assert "mosaic_gpu" in _lowered(grouped_matmul, *_shapes(64, 64, 64, 2))
+        assert "mosaic_gpu" not in _lowered(grouped_matmul, *_shapes(64, 64, 64, 2, jnp.float32))
+        x, w, sizes = _shapes(64, 64, 64, 2, jnp.float32)
+        assert "cast both to bfloat16" in mosaic_gpu.unsupported(x, w, False)
