@@ -24,7 +24,8 @@ _SCALAR = plgpu.Layout.WG_SPLAT(())
 def swizzled(dtype) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:
     """The shared-memory layout of every operand and result: tiles of 8 rows of 128 bytes, swizzled."""
     columns = ROW_BYTES // jnp.dtype(dtype).itemsize
-    return plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(ROW_BYTES)
+    tiles = plgpu.TilingTransform((8, columns))  # pyright: ignore[reportAbstractUsage]
+    return tiles, plgpu.SwizzleTransform(ROW_BYTES)  # pyright: ignore[reportAbstractUsage]
 
 
 def _i32(value: int):
@@ -87,7 +88,7 @@ def store_rows(smem, gmem, first_row, low, high, first_column):
                 to = _at(target, arith.muli(element, arith.constant(i64, itemsize)))
                 llvm.store(llvm.load(_pieces(), _at(source, offset), alignment=16), to, alignment=16)
 
-    store(smem, gmem, first_row, low, high, first_column)
+    store(smem, gmem, first_row, low, high, first_column)  # pyright: ignore[reportCallIssue]
 
 
 def clear_rows(smem, low, high):
@@ -117,4 +118,4 @@ def clear_rows(smem, low, high):
             with mgpu.utils.when(arith.ori(_less(row, low), arith.cmpi(arith.CmpIPredicate.sge, row, high))):
                 llvm.store(zero, _at(base, offset), alignment=16)
 
-    clear(smem, low, high)
+    clear(smem, low, high)  # pyright: ignore[reportCallIssue]
