@@ -11,7 +11,7 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.balance import balance_loss
 from dsv3_jax.model.experts import routed_experts
 from dsv3_jax.model.layers import FFN, weight
-from dsv3_jax.model.router import load, route
+from dsv3_jax.model.router import Routing, load, route
 
 
 class RouterReport(NamedTuple):
@@ -24,10 +24,12 @@ class RouterReport(NamedTuple):
 class MoE(nn.Module):
     """`FFN_shared(u) + sum_i g_i FFN_i(u)` (V3 eq 12), without the residual.
 
+    The last `tail` positions of a sequence count neither towards the load nor in the balance loss.
     The router bias is the variable `bias` of the collection `router`: float32 state, not a parameter.
     """
 
     config: ModelConfig
+    tail: int = 0
 
     @nn.compact
     def __call__(self, u: Float[Array, "batch seq d"]) -> tuple[Float[Array, "batch seq d"], RouterReport]:
@@ -45,4 +47,7 @@ class MoE(nn.Module):
         if moe.n_shared:
             with jax.named_scope("shared_experts"):
                 out += FFN(moe.n_shared * moe.d_ff_expert, std, name="shared")(u)
-        return out, RouterReport(load(routing.indices, moe.n_experts), balance_loss(routing, moe))
+        counted = routing
+        if self.tail:
+            counted = Routing(*(x[:, : -self.tail] for x in routing))
+        return out, RouterReport(load(counted.indices, moe.n_experts), balance_loss(counted, moe))

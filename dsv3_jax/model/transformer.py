@@ -44,6 +44,7 @@ class Block(nn.Module):
 
     config: ModelConfig
     moe: bool
+    tail: int = 0  # Last positions that do not count towards the experts' load.
 
     @nn.compact
     def __call__(self, x, turn, segment_ids):
@@ -58,7 +59,7 @@ class Block(nn.Module):
             with jax.named_scope("dense_ffn"):
                 return x + FFN(self.config.d_ff, self.config.init_std, name="ffn")(normal), None
         with jax.named_scope("moe"):
-            out, report = MoE(self.config, name="moe")(normal)
+            out, report = MoE(self.config, self.tail, name="moe")(normal)
             return x + out, report
 
 
@@ -79,19 +80,21 @@ class MTPBlock(nn.Module):
     """One depth of multi-token prediction (V3 §2.2, eqs 21-23).
 
     `h'_i = M [RMSNorm(Emb(t_{i+k})) ; RMSNorm(h_i)]`: the embedding comes first, as in the released
-    weights (`eh_proj`); the paper writes the hidden state first. Depth 1 takes the main model's
-    hidden state after its final norm, as the released weights were trained to.
+    weights (`eh_proj`); the paper writes the hidden state first. Every depth takes the hidden state
+    that the head sees, after the norm: the released weights of depth 1 were trained so.
     """
 
     config: ModelConfig
+    depth: int
     chained: bool  # False: an independent head on the main model's state, which sees no later token.
     remat: str
 
     @nn.compact
     def __call__(self, hidden, embedded, turn, segment_ids):
-        config = self.config
+        config, tail = self.config, 0
         x = hidden
         if self.chained:
+            tail = self.depth  # Eq 22 runs over the positions whose target exists.
             both = [
                 RMSNorm(config.norm_eps, name="embedding_norm")(embedded),
                 RMSNorm(config.norm_eps, name="hidden_norm")(hidden),
@@ -101,8 +104,8 @@ class MTPBlock(nn.Module):
             x = jnp.concatenate(both, -1) @ merge.astype(hidden.dtype)
         moe = config.moe.n_dense_layers < config.n_layers
         block = Block if self.remat == "none" else nn.remat(Block, policy=REMAT[self.remat])
-        x, report = block(config, moe, name="block")(x, turn, segment_ids)
-        return x, RMSNorm(config.norm_eps, name="norm")(x), report
+        x, report = block(config, moe, tail, name="block")(x, turn, segment_ids)
+        return RMSNorm(config.norm_eps, name="norm")(x), report
 
 
 class Transformer(nn.Module):
@@ -174,9 +177,9 @@ class Transformer(nn.Module):
             # Token i+k is the target of position i+k-1; what lies past the end is masked in the loss.
             later = jnp.pad(targets[:, depth - 1 :], ((0, 0), (0, depth - 1)))
             embedded = embedding.astype(self.dtype)[later] if chained else None
-            block = MTPBlock(self.config, chained, self.remat, name=f"mtp_{depth}")
-            state, normed, report = block(state if chained else hidden, embedded, turn, segment_ids)
-            outputs.append(normed)
+            block = MTPBlock(self.config, depth, chained, self.remat, name=f"mtp_{depth}")
+            state, report = block(state if chained else hidden, embedded, turn, segment_ids)
+            outputs.append(state)
             if report is not None:
                 reports.append(report)
         return outputs, reports
