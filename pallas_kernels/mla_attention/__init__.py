@@ -12,11 +12,11 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import implementations
-from pallas_kernels.mla_attention import chunked, cudnn, reference
+from pallas_kernels.mla_attention import chunked, cudnn, mosaic_gpu, reference
 
 # Each module offers `attention(q, k, v, k_rope, q_segments, kv_segments, *, scale, causal)` that
 # returns (output, log-sum-exp) and is differentiable, and `unsupported(q, k, v, k_rope, ...)`.
-_MODULES = {"reference": reference, "chunked": chunked, "cudnn": cudnn}
+_MODULES = {"reference": reference, "chunked": chunked, "cudnn": cudnn, "mosaic_gpu": mosaic_gpu}
 IMPLEMENTATIONS = tuple(_MODULES)
 
 # The reference keeps every score: up to this many (256 MiB in float32) "auto" prefers it to "chunked".
@@ -56,8 +56,8 @@ def mla_attention(
       kv_segment_ids: ids of the keys; those of the queries by default (then `q_len == kv_len`).
       return_lse: also return the float32 log-sum-exp of the scaled, masked logits.
       implementation: `"auto"`, or one by name: `"reference"` (every score at once), `"chunked"` (plain
-        JAX, memory linear in the length) or `"cudnn"` (GPU; no segment ids, no gradient through the
-        log-sum-exp).
+        JAX, memory linear in the length), `"cudnn"` (GPU; no segment ids, no gradient through the
+        log-sum-exp) or `"mosaic_gpu"` (Hopper, bf16; our kernel).
 
     Returns:
       The output in the dtype of q; a query that sees no key gets 0 and log-sum-exp -inf.

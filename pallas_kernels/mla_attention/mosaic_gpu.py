@@ -1,0 +1,153 @@
+"""Attention for Hopper GPUs in Pallas Mosaic GPU: which calls it takes, padding, and which blocks are visible.
+
+The kernels are in `mosaic_gpu_forward` and `mosaic_gpu_backward`.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import implementations
+from pallas_kernels.mla_attention import chunked
+
+MINIMUM_JAX = (0, 11, 2)
+_MULTIPROCESSORS = 132  # of an H100 or H200, for compilation away from the card
+
+
+def unsupported(q, k, v, k_rope, q_segments, kv_segments, *, causal) -> str | None:
+    """Why this implementation cannot run the call, with the nearest supported choice."""
+    del k_rope, q_segments, kv_segments, causal
+    if jax.__version_info__ < MINIMUM_JAX:
+        return f"JAX {jax.__version__} is older than 0.11.2; install the gpu extra, or use 'cudnn' or 'chunked'"
+    if implementations.platform() != "gpu":
+        return "it is written for Hopper GPUs; use 'chunked' or 'reference'"
+    if not _on_hopper():
+        return "the GPU is not of the Hopper generation (compute capability 9.0); use 'cudnn' or 'chunked'"
+    if not q.dtype == k.dtype == v.dtype == jnp.bfloat16:
+        return f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; it takes bfloat16; use 'chunked'"
+    if 0 in q.shape or 0 in k.shape:
+        return "an empty axis; use 'chunked'"
+    d_qk, d_v = q.shape[-1], v.shape[-1]
+    if d_qk % 64 or d_v % 64 or not 64 <= d_v <= d_qk <= 192:
+        return f"widths {d_qk} and {d_v}; it takes multiples of 64 up to 192, d_v at most d_qk; use 'chunked'"
+    return None
+
+
+@functools.cache
+def _gpus():
+    try:
+        return jax.local_devices(backend="gpu")
+    except RuntimeError:
+        return []
+
+
+def _on_hopper() -> bool:
+    """True as well without any GPU: then another machine's is compiled for."""
+    return all(device.compute_capability == "9.0" for device in _gpus())
+
+
+def multiprocessors() -> int:
+    return _gpus()[0].core_count if _gpus() else _MULTIPROCESSORS
+
+
+def visible_blocks(q_segments, kv_segments, *, q_len, kv_len, q_block, kv_block, causal):
+    """Which pairs of a query block and a key block are visible at all, and which wholly.
+
+    Returns:
+      Two bool arrays `[batch or 1, query blocks, key blocks]`.
+    """
+    q_blocks, kv_blocks = -(-q_len // q_block), -(-kv_len // kv_block)
+    first_row = jnp.arange(q_blocks)[:, None] * q_block + kv_len - q_len  # The last key its first query sees.
+    first_column = jnp.arange(kv_blocks) * kv_block
+    some = jnp.ones((1, q_blocks, kv_blocks), bool)
+    whole = some & (first_column + kv_block <= kv_len)
+    if causal:
+        some &= first_column < first_row + q_block
+        whole &= first_column + kv_block - 1 <= first_row
+    if q_segments is not None:
+        q_low, q_high = _extremes(q_segments, q_block)
+        kv_low, kv_high = (x[:, None] for x in _extremes(kv_segments, kv_block))
+        q_low, q_high = q_low[..., None], q_high[..., None]
+        some &= (kv_low <= q_high) & (kv_high >= q_low)
+        whole &= (q_low == q_high) & (kv_low == kv_high) & (q_low == kv_low)
+    return some, whole
+
+
+def _extremes(segments, block):
+    """Smallest and largest id of every block: `[batch, blocks]` each."""
+    padded = jnp.pad(segments, ((0, 0), (0, -segments.shape[1] % block)), mode="edge")
+    blocked = padded.reshape(padded.shape[0], -1, block)
+    return blocked.min(-1), blocked.max(-1)
+
+
+def ranges(some, whole):
+    """The block ranges along the last axis that a tile visits: int32 `[..., 4]`.
+
+    Entries 0 and 3 bound the blocks that are visible at all (at least one block, so that a tile that sees
+    nothing still runs and writes its result); 1 and 2 bound the last run of wholly visible ones.
+    """
+    count = some.shape[-1]
+    position = jnp.arange(count)
+    first = jnp.argmax(some, -1)
+    last = jnp.maximum(jnp.max(jnp.where(some, position + 1, 0), -1), first + 1)
+    whole_last = jnp.max(jnp.where(whole, position + 1, 0), -1)
+    gap = ~whole & (position < whole_last[..., None])
+    whole_first = jnp.max(jnp.where(gap, position + 1, 0), -1)
+    return jnp.stack([first, whole_first, whole_last, last], -1).astype(jnp.int32)
+
+
+def _pad_rows(array, multiple):
+    if array is None:
+        return None
+    return jnp.pad(array, [(0, 0), (0, -array.shape[1] % multiple)] + [(0, 0)] * (array.ndim - 2))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
+def _attention(q, k, v, k_rope, q_segments, kv_segments, scale, causal, config):
+    return _forward(q, k, v, k_rope, q_segments, kv_segments, scale, causal, config)[0]
+
+
+def attention(q, k, v, k_rope, q_segments, kv_segments, *, scale, causal, config=None):
+    """Returns the output `[batch, q_len, heads, d_v]` and the log-sum-exp `[batch, heads, q_len]`."""
+    if scale <= 0:  # The kernels fold a positive scale into the exponent.
+        q, scale = (-q, -scale) if scale < 0 else (jnp.zeros_like(q), 1.0)
+    if k_rope is not None and (k.shape[-1] % 64 or k_rope.shape[-1] % 64):
+        shared = jnp.broadcast_to(k_rope[:, :, None], (*k.shape[:3], k_rope.shape[-1]))
+        k, k_rope = jnp.concatenate([k, shared], -1), None
+    return _attention(q, k, v, k_rope, q_segments, kv_segments, scale, causal, config)
+
+
+def _forward(q, k, v, k_rope, q_segments, kv_segments, scale, causal, config):
+    from pallas_kernels.mla_attention import mosaic_gpu_forward as kernel
+
+    config = config or kernel.default_config(q.shape[-1], v.shape[-1])
+    q_len, kv_len = q.shape[1], k.shape[1]
+    blocks = None
+    if q_segments is not None:
+        visible = visible_blocks(
+            q_segments, kv_segments, q_len=q_len, kv_len=kv_len,
+            q_block=kernel.TILE_Q, kv_block=config.block_kv, causal=causal,
+        )  # fmt: skip
+        blocks = ranges(*visible)
+    # TMA moves boxes of 8 rows; what it reads beyond the operands' ends is zero.
+    out, lse = kernel.forward(
+        *(_pad_rows(array, 8) for array in (q, k, v, k_rope)),
+        _pad_rows(q_segments, kernel.TILE_Q * config.cluster),
+        _pad_rows(kv_segments, config.block_kv),
+        blocks,
+        scale=scale,
+        causal=(causal, kv_len - q_len, kv_len),
+        config=config,
+        multiprocessors=multiprocessors(),
+    )
+    out, lse = out[:, :q_len], lse[..., :q_len]
+    return (out, lse), (q, k, v, k_rope, q_segments, kv_segments, out, lse)
+
+
+def _backward(scale, causal, config, saved, cotangents):
+    del config
+    return chunked._backward(scale, causal, chunked.BLOCK, saved, cotangents)
+
+
+_attention.defvjp(_forward, _backward)

@@ -1,0 +1,77 @@
+"""What the Mosaic GPU attention kernels share: register layouts, shared-memory tiles, masks."""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, vector
+
+SHARED_MEMORY = 232_448  # bytes a Hopper block may use
+LOG2E = math.log2(math.e)
+
+MATRIX = plgpu.Layout.WGMMA  # [64, n] in the registers of a warpgroup, as WGMMA accumulates it
+PER_ROW = MATRIX.reduce(1)
+PER_COLUMN = MATRIX.reduce(0)
+
+
+def tiled(*shape, dtype=jnp.bfloat16):
+    """Shared memory in the layout that TMA writes and WGMMA reads."""
+    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
+
+
+def across(array, columns):
+    """`[rows]` to `[rows, columns]`."""
+    return lax.broadcast_in_dim(array, (array.shape[0], columns), [0])
+
+
+def down(array, rows):
+    """`[columns]` to `[rows, columns]`."""
+    return lax.broadcast_in_dim(array, (rows, array.shape[0]), [1])
+
+
+def row_numbers(rows):
+    return plgpu.broadcasted_iota(jnp.int32, (rows,), 0, layout=PER_ROW)
+
+
+def keep_columns(matrix, limit, *, up_to):
+    """-inf where the column number is above (`up_to`) or below (not `up_to`) its row's `limit`.
+
+    Written on registers: compared with a matrix of column numbers, which the compiler computes once and keeps
+    (32 registers a thread, spilled), this is one comparison with a constant an element.
+    """
+
+    @plgpu.inline_mgpu(
+        arg_types=(MATRIX, PER_ROW), return_type=plgpu.ShapeDtypeStruct(matrix.shape, matrix.dtype, MATRIX)
+    )
+    def keep(_, matrix, limit):
+        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+
+        def constant(value):
+            return arith.constant(i32, ir.IntegerAttr.get(i32, value))
+
+        # Thread t of a warp holds columns 2 (t % 4) and 2 (t % 4) + 1 of every 8, in two rows of each 16.
+        lane_column = arith.muli(arith.remui(mgpu.utils.thread_idx(), constant(4)), constant(2))
+        minus_infinity = arith.constant(f32, ir.FloatAttr.get(f32, -math.inf))
+        order = arith.CmpIPredicate.sge if up_to else arith.CmpIPredicate.sle
+        kept = np.empty_like(matrix.registers)
+        limits = {}
+        for half in range(2):
+            register = limit.registers.reshape(2)[half]
+            if isinstance(register.type, ir.VectorType):
+                register = vector.extract(register, dynamic_position=[], static_position=[0])
+            limits[half] = arith.subi(register, lane_column)
+        for index, pair in np.ndenumerate(matrix.registers):
+            block, half = index[1], index[4]
+            for element in range(2):
+                value = vector.extract(pair, dynamic_position=[], static_position=[element])
+                visible = arith.cmpi(order, limits[half], constant(8 * block + element))
+                value = arith.select(visible, value, minus_infinity)
+                pair = vector.insert(value, pair, dynamic_position=[], static_position=[element])
+            kept[index] = pair
+        return mgpu.FragmentedArray(_registers=kept, _layout=matrix.layout, _is_signed=None)
+
+    return keep(matrix, limit)
