@@ -106,7 +106,8 @@ def check(shape: Shape, factor: float = 1.0) -> dict:
             continue
         errors = dict(zip(NAMES, _errors(runs[0], exact), strict=False))
         pairs = [(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True)]
-        result["errors"][name] = errors | {"repeats": all(bool(jnp.array_equal(a, b, equal_nan=True)) for a, b in pairs)}
+        errors["repeats"] = all(bool(jnp.array_equal(a, b, equal_nan=True)) for a, b in pairs)
+        result["errors"][name] = errors
     return result
 
 
