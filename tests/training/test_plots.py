@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -74,4 +75,4 @@ def test_a_layer_without_tokens_is_drawn_empty(tmp_path, drawn):
 
 def test_importing_plots_does_not_import_matplotlib():
     code = "import sys, dsv3_jax.training.plots; assert 'matplotlib' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])

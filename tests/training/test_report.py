@@ -6,6 +6,7 @@ import math
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -164,4 +165,4 @@ def test_report_feeds_all_three(tmp_path):
 
 def test_importing_the_report_does_not_import_tensorboard():
     code = "import sys, dsv3_jax.training.report; assert 'tensorboardX' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
