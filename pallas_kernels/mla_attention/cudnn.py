@@ -24,6 +24,8 @@ def unsupported(q, k, v, k_rope, q_segments, kv_segments, *, causal) -> str | No
     if causal and q.shape[1] != k.shape[1]:
         lengths = f"q_len {q.shape[1]} must equal kv_len {k.shape[1]}"
         return f"its causal mask aligns the starts, so {lengths}; use 'chunked'"
+    if q.shape[1] % 2 or k.shape[1] % 2:
+        return f"q_len {q.shape[1]}, kv_len {k.shape[1]}: its backward pass takes even lengths; use 'chunked'"
     if 0 in q.shape or 0 in k.shape:
         return "an empty axis; use 'chunked'"
     d_qk, d_v = q.shape[-1], v.shape[-1]
