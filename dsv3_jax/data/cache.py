@@ -61,13 +61,12 @@ def _build_and_rename(
         new, old = temporary / "new", temporary / "old"
         new.mkdir(parents=True)
         build(new)
-        if target.exists():
-            target.rename(old)
         try:
             new.rename(target)
-        except OSError:
-            if not target.exists() or fault(target) is not None:
-                raise
+        except OSError:  # There is one: damaged, or just made by another process.
+            if fault(target) is not None:
+                target.rename(old)
+                new.rename(target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -183,7 +183,6 @@ class TokenStream:
         count = self._rearranged_before(number + 1) - self._rearranged_before(number)
         if count:
             rearranged[random_order(n, self._seed, number, _FIM)[:count]] = True
-        rearranged = rearranged[order]
         ends = np.cumsum(self.documents.lengths[order] + 1 + 3 * rearranged)
         return _Epoch(number, self._epoch_start(number), order, rearranged, ends)
 

@@ -21,6 +21,11 @@ _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_tes
 _SKIPPED_PREFIXES = ("_sysconfigdata", "config-")
 
 
+class _LocalInfo(tfds.core.DatasetInfo):
+    def initialize_from_bucket(self) -> None:
+        """Nothing: TFDS would look for this dataset on the network, and leave a temporary folder behind."""
+
+
 class PythonStdlib(tfds.core.GeneratorBasedBuilder):
     """One example a source file: `path` in the library, and `text`. The version is Python's own."""
 
@@ -28,7 +33,7 @@ class PythonStdlib(tfds.core.GeneratorBasedBuilder):
 
     def _info(self) -> tfds.core.DatasetInfo:
         text = tfds.features.Text()
-        return tfds.core.DatasetInfo(
+        return _LocalInfo(
             builder=self,
             description=__doc__,
             features=tfds.features.FeaturesDict({"path": text, "text": text}),

@@ -135,7 +135,7 @@ def test_fim_cuts_are_uniform():
     assert chi2 < 110  # 54 degrees of freedom: above this once in 100,000 times.
 
 
-@given(texts_, st.integers(0, 9), st.floats(0, 1), st.integers(0, 10**15), st.integers(1, 40))
+@given(texts_, st.integers(0, 9), st.floats(0, 1), st.integers(0, 10**18), st.integers(1, 40))
 @settings(max_examples=60)
 def test_reading_anywhere_agrees_with_reading_around_it(texts, seed, rate, start, length):
     # Random access far away, where only exact integers find the epoch.

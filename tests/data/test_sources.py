@@ -89,9 +89,12 @@ def tfds_dir(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("tfds")
     tfds.disable_progress_bar()
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path_factory.mktemp("tmp")))  # TFDS leaves folders there.
     for config in ("a", "b"):
         builder = Tiny(data_dir=folder, config=config, file_format="array_record")
         builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+    monkeypatch.undo()
     return str(folder)
 
 
