@@ -1,0 +1,59 @@
+"""Every idea of DeepSeek-V3 in a model that a laptop trains in two minutes, on Python's own source code.
+
+    python train.py --config=configs/tiny.py --workdir=runs/tiny
+
+3.4M parameters, 2 CPU cores: under 3 minutes. The validation loss ends clearly below that of a bigram
+model of the same text, which the run prints beside it.
+"""
+
+from dsv3_jax.config import config_dict
+
+
+def get_config():
+    return config_dict(
+        model=dict(
+            vocab_size=264,  # 256 bytes and 5 special tokens, rounded up to a multiple of 8.
+            d_model=128,
+            n_layers=4,
+            d_ff=384,
+            max_seq_len=1024,
+            init_std=0.02,
+            attention=dict(
+                kind="mla",
+                n_heads=4,
+                q_lora_rank=64,
+                kv_lora_rank=64,
+                qk_nope_head_dim=32,
+                qk_rope_head_dim=16,
+                v_head_dim=32,
+            ),
+            # YaRN is ready: `--config.model.rope.yarn_factor=4` extends the context to four times this.
+            rope=dict(yarn_original_len=256),
+            moe=dict(
+                n_dense_layers=1,
+                n_experts=16,
+                n_shared=1,
+                top_k=2,
+                d_ff_expert=96,
+                n_groups=4,
+                topk_groups=2,
+                routed_scale=2.0,
+                bias_speed=0.005,
+                sequence_loss=1e-4,
+            ),
+            mtp=dict(depth=1),
+        ),
+        data=dict(source="python_stdlib", tokenizer="byte", fim_rate=0.0),
+        optimizer=dict(peak_lr=4e-3, schedule="cosine", warmup_steps=50),
+        train=dict(
+            steps=400,
+            seq_len=256,
+            batch_size=16,
+            precision="fp32",
+            log_every=10,
+            eval_every=100,
+            eval_batches=8,
+        ),
+        checkpoint=dict(every=100),
+        mesh=dict(data=1, expert=1),
+    )

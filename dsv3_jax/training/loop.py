@@ -1,0 +1,157 @@
+"""What the loop does around the step: batches onto the mesh, evaluation, a row of metrics, the end."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from dsv3_jax.config import Config
+from dsv3_jax.data import Loader, Tokenizer, bigram_cross_entropy
+from dsv3_jax.training import plots, schedules
+from dsv3_jax.training.report import METRICS_FILE, Report, read_metrics
+from dsv3_jax.training.sample import sample_text
+from dsv3_jax.training.state import TrainState, make_model
+from dsv3_jax.training.step import Metrics, Schedules, batch_sharding, make_eval_step
+from dsv3_jax.training.throughput import flops_per_token, peak_flops
+
+
+def micro_batch_size(config: Config) -> int:
+    """Sequences in one forward pass, over all devices."""
+    return config.train.micro_batch_size or config.train.batch_size
+
+
+def put_batch(
+    config: Config, mesh: Mesh, rows: dict[str, np.ndarray], sequences: int
+) -> tuple[dict[str, jax.Array], np.int32]:
+    """This process's rows as global arrays [micro-batches, micro-batch, seq], and how many of them count.
+
+    During a batch-size ramp the array has room for the largest batch, so that the step compiles once.
+    """
+    micro = micro_batch_size(config)
+    count = sequences // micro
+    slots = config.train.batch_size // micro if config.train.ramp_start_batch else count
+    share = micro * len(rows["tokens"]) // sequences  # Rows of a micro-batch that this process holds.
+    sharding = batch_sharding(mesh)
+
+    def put(x: np.ndarray) -> jax.Array:
+        shaped = x.reshape(count, share, *x.shape[1:])
+        padded = np.pad(shaped, ((0, slots - count), (0, 0), (0, 0)))
+        return jax.make_array_from_process_local_data(sharding, padded)
+
+    return {name: put(x) for name, x in rows.items()}, np.int32(count)
+
+
+def schedules_at(config: Config, step: int, tokens: int) -> Schedules:
+    """The values of all schedules for the step that follows `step` steps and `tokens` tokens."""
+    values = (
+        schedules.learning_rate(config, step, tokens),
+        schedules.bias_speed(config, tokens),
+        schedules.mtp_weight(config, tokens),
+    )
+    return Schedules(*map(np.float32, values))
+
+
+def make_evaluation(
+    config: Config, mesh: Mesh, process: dict[str, int]
+) -> Callable[..., tuple[float, np.ndarray]]:
+    """`evaluate(params, router) -> (nats a token, expert counts [rows, experts])` on held-out text.
+
+    The same sequences every time. The data is opened and the step compiled by the first call.
+    """
+    micro = micro_batch_size(config)
+    step = make_eval_step(config, mesh)
+    loaders: list[Loader] = []
+
+    def evaluate(params: Any, router: Any) -> tuple[float, np.ndarray]:
+        if not loaders:
+            train = config.train
+            loaders.append(
+                Loader(config.data, split="validation", seq_len=train.seq_len, seed=train.seed, **process)
+            )
+        loaders[0].seek(0)
+        total, counts = np.zeros(2), 0
+        for _ in range(config.train.eval_batches):
+            # Never padded: the ramp is the training step's.
+            rows = loaders[0].take(micro)
+            sharding = batch_sharding(mesh)
+            batch = {k: jax.make_array_from_process_local_data(sharding, x[None]) for k, x in rows.items()}
+            sums, load = step(params, router, batch)
+            total += np.asarray(sums, np.float64)
+            counts = counts + np.asarray(load, np.int64)
+        return float(total[0] / max(total[1], 1)), np.asarray(counts)
+
+    return evaluate
+
+
+def metrics_row(
+    config: Config,
+    metrics: Metrics,
+    rates: Schedules,
+    params: Any,
+    speed: float,
+    devices: list[jax.Device],
+) -> dict[str, Any]:
+    """What `metrics.jsonl` says of a step, besides its number and tokens."""
+    metrics = jax.device_get(metrics)
+    parts = metrics.losses
+    by_layer = np.asarray(metrics.max_vio, np.float64)
+    row = {
+        "loss": parts.loss,
+        "ce_loss": parts.ce_loss,
+        "mtp_loss": parts.mtp_loss,
+        "balance_loss": parts.balance_loss,
+        "max_vio": float(by_layer.mean()) if by_layer.size else 0.0,
+        "max_vio_by_layer": by_layer,
+        "grad_norm": metrics.grad_norm,
+        "learning_rate": rates.learning_rate,
+        "tokens_per_second": speed,
+    }
+    peak = peak_flops(devices)
+    if peak is not None:
+        row["mfu"] = speed * flops_per_token(config, params) / peak
+    memory = devices[0].memory_stats() or {}
+    if "peak_bytes_in_use" in memory:
+        row["peak_memory_gib"] = memory["peak_bytes_in_use"] / 2**30
+    return row
+
+
+def row_names(config: Config) -> list[str]:
+    """A name for each row of expert counts: the MoE layers by number, then the prediction depths."""
+    model = config.model
+    names = [f"layer {i}" for i in range(model.moe.n_dense_layers, model.n_layers)]
+    return names + ([f"MTP {k}" for k in range(1, model.mtp.depth + 1)] if names else [])
+
+
+def finish(
+    config: Config,
+    state: TrainState,
+    validation: tuple[float, np.ndarray],
+    workdir: Path,
+    report: Report,
+    tokenizer: Tokenizer,
+) -> None:
+    """The end of a run: loss curve and expert loads as PNG, the bigram's loss beside ours, a text sample."""
+    evaluated = config.train.eval_batches * micro_batch_size(config)
+    bigram = bigram_cross_entropy(config.data, seq_len=config.train.seq_len, n_sequences=evaluated)
+    loss, counts = validation
+    bits = f" (bits a byte: {loss / math.log(2):.3f})" if config.data.tokenizer == "byte" else ""
+    report.note(
+        f"validation loss {loss:.4f} nats a token{bits}; a bigram model of the same text: {bigram:.4f}"
+    )
+    plots.loss_curve(read_metrics(workdir / METRICS_FILE), workdir / "loss.png", bigram)
+    written = ["loss.png"]
+    if len(counts):
+        plots.expert_load(counts, workdir / "expert_load.png", row_names(config)[: len(counts)])
+        written.append("expert_load.png")
+    if config.train.sample_tokens:
+        variables = {"params": state.params, "router": state.router}
+        wanted = (config.train.sample_prompt, config.train.sample_tokens)
+        text = sample_text(make_model(config), variables, tokenizer, *wanted, seed=config.train.seed)
+        (workdir / "sample.txt").write_text(text, encoding="utf-8")
+        written.append("sample.txt")
+        report.note(f"--- sample ---\n{text}\n--------------")
+    report.note(f"in {workdir}: {METRICS_FILE}, tensorboard, {', '.join(written)}")

@@ -1,0 +1,233 @@
+"""Trains a model: `python train.py --config=configs/tiny.py --workdir=runs/tiny [--config.train.steps=N]`.
+
+The same command continues a run that was interrupted. Exit codes: 0 done (or saved on SIGTERM), 2 a
+configuration or data that cannot run, 3 a run that diverged or cannot be resumed.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+# ---------------------------------------------------------------- the command line and the configuration
+
+
+def parse(argv):
+    """(Config, workdir), from the command line; prints every problem and exits with 2 if there is one."""
+    from dsv3_jax.config_checks import ConfigError, Problem, override, typed
+
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--config", default="configs/tiny.py", help="a file with get_config()")
+    parser.add_argument("--workdir", default="runs/default", help="where checkpoints and results go")
+    arguments, rest = parser.parse_known_args(_joined(argv))
+    problems = [Problem(item, "", "expected --config.FIELD=VALUE") for item in rest if not _is_override(item)]
+    try:
+        tree = load_config_file(arguments.config)
+        problems += override(tree, (item.removeprefix("--config.") for item in rest if _is_override(item)))
+        return typed(tree, problems), Path(arguments.workdir)
+    except ConfigError as error:
+        refuse(error)
+
+
+def _is_override(item):
+    return item.startswith("--config.") and "=" in item
+
+
+def _joined(argv):
+    """`--config.a.b value` as `--config.a.b=value`."""
+    joined = []
+    for item in argv:
+        if (
+            joined
+            and joined[-1].startswith("--config.")
+            and "=" not in joined[-1]
+            and not item.startswith("--")
+        ):
+            joined[-1] += "=" + item
+        else:
+            joined.append(item)
+    return joined
+
+
+def load_config_file(path):
+    """The ConfigDict of a configuration file."""
+    from dsv3_jax.config_checks import ConfigError, Problem
+
+    if not Path(path).is_file():
+        names = ", ".join(sorted(str(found) for found in Path("configs").glob("*.py")))
+        raise ConfigError([Problem("config", path, f"no such file; there are {names}")])
+    spec = importlib.util.spec_from_file_location("run_config", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+def refuse(error, code=2):
+    """Prints an error without a traceback and exits."""
+    print(error, file=sys.stderr)
+    raise SystemExit(code)
+
+
+# ------------------------------------------------------------------------------------------- the run
+
+
+def train(config, workdir):
+    """Runs or continues a run; everything that it leaves is in `workdir`."""
+    import jax
+
+    from dsv3_jax.checkpoint.manager import CheckpointError, Checkpoints
+    from dsv3_jax.data import Loader
+    from dsv3_jax.parallel.mesh import make_mesh
+    from dsv3_jax.training import ema, loop, schedules
+    from dsv3_jax.training.guard import Guard, TrainingDiverged
+    from dsv3_jax.training.report import Report
+    from dsv3_jax.training.state import abstract_state, init_state, parameter_count, shardings
+    from dsv3_jax.training.step import make_train_step
+
+    # 1. The parts: mesh, data, the step and the evaluation.
+    mesh = make_mesh(config.mesh)
+    devices = list(mesh.devices.flat)
+    process = dict(process_index=jax.process_index(), process_count=jax.process_count())
+    seq_len = config.train.seq_len
+    loader = Loader(config.data, split="train", seq_len=seq_len, seed=config.train.seed, **process)
+    train_step = make_train_step(config, mesh)
+    evaluate = loop.make_evaluation(config, mesh, process)
+    abstract = {"train": abstract_state(config, mesh)}
+    if config.train.ema_decay:
+        layout = ema.shardings(shardings(abstract["train"].params), config.train.ema_memory)
+        update_ema = ema.make_update(config.train.ema_decay, layout)
+        abstract["ema"] = jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            abstract["train"].params,
+            layout,
+        )
+
+    # 2. Where the run stands: its newest sound checkpoint, or the first state.
+    workdir.mkdir(parents=True, exist_ok=True)
+    checkpoints = Checkpoints(workdir / "checkpoints", config)
+    guard = Guard(config.train)
+    step = tokens = 0
+    try:
+        restored = checkpoints.restore_latest(abstract)
+    except CheckpointError as error:
+        refuse(error, 3)
+    if restored is not None:
+        step, state, tokens = restored.step, restored.state, restored.extras["tokens"]
+        loader.set_state(restored.extras["data"])
+        guard.restore(restored.extras["guard"])
+    else:
+        state = {"train": init_state(config, mesh)}
+        if config.train.ema_decay:
+            state["ema"] = ema.init(state["train"].params, layout)
+    write_json(workdir / "config.json", dataclasses.asdict(config))
+    report = Report(workdir, config.train.steps, resumed_step=step)
+    size = parameter_count(state["train"].params) / 1e6
+    report.note(f"{size:.1f}M parameters on {len(devices)} x {devices[0].device_kind}")
+    if step:
+        report.note(f"resumed at step {step}")
+
+    # 3. On SIGTERM: finish the step under way, save, and leave with 0.
+    asked_to_stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: asked_to_stop.set())
+
+    # 4. The loop. The host looks at a step only when the next one is on its way to the device.
+    clock = {"seconds": time.perf_counter(), "tokens": tokens}
+
+    def look(number, seen, metrics, rates, first, last, validation=None):
+        """Checks a finished step, and logs it when its turn has come."""
+        data = loader.describe(first, last) if not metrics.finite else f"sequences {first} to {last - 1}"
+        message = guard.check(number, float(metrics.losses.loss), bool(metrics.finite), data)
+        if message:
+            report.note(message)
+        if validation or number % config.train.log_every == 0 or number in (1, config.train.steps):
+            speed = (seen - clock["tokens"]) / (time.perf_counter() - clock["seconds"])
+            row = loop.metrics_row(config, metrics, rates, abstract["train"].params, speed, devices)
+            row |= {"step": number, "tokens": seen, "bad_steps": guard.bad_steps}
+            report.log(row | {name: loss for name, (loss, _) in (validation or {}).items()})
+            clock.update(seconds=time.perf_counter(), tokens=seen)
+
+    validation, pending = {}, None
+    try:
+        while step < config.train.steps and not asked_to_stop.is_set():
+            sequences = schedules.batch_size_at(config, tokens)
+            rates = loop.schedules_at(config, step, tokens)
+            first = loader.position
+            batch, n_micro = loop.put_batch(config, mesh, loader.take(sequences), sequences)
+            state["train"], metrics = train_step(state["train"], batch, n_micro, rates)
+            if config.train.ema_decay:
+                state["ema"] = update_ema(state["ema"], state["train"].params, metrics.finite)
+            step, tokens = step + 1, tokens + sequences * seq_len
+            if pending:
+                look(*pending)
+            pending = (step, tokens, metrics, rates, first, first + sequences)
+
+            last = step == config.train.steps
+            validation = {}
+            if last or config.train.eval_every and step % config.train.eval_every == 0:
+                metrics.losses.loss.block_until_ready()
+                started = time.perf_counter()
+                params, router = state["train"].params, state["train"].router
+                validation["validation_loss"] = evaluate(params, router)
+                if config.train.ema_decay:
+                    validation["ema_validation_loss"] = evaluate(state["ema"], router)
+                clock["seconds"] += time.perf_counter() - started  # No part of the training speed.
+                look(*pending, validation)
+                pending = None
+            every = config.checkpoint.every
+            if every and (last or asked_to_stop.is_set() or step % every == 0):
+                if pending:  # A step is on record before its checkpoint is.
+                    look(*pending)
+                    pending = None
+                extras = {"tokens": tokens, "data": loader.get_state(), "guard": guard.state()}
+                checkpoints.save(step, state, extras, {name: loss for name, (loss, _) in validation.items()})
+    except TrainingDiverged as error:
+        report.close()
+        checkpoints.close()
+        refuse(error, 3)
+    checkpoints.close()
+
+    # 5. What the run leaves behind.
+    if step >= config.train.steps:
+        validation = validation or {"validation_loss": evaluate(state["train"].params, state["train"].router)}
+        loop.finish(config, state["train"], validation["validation_loss"], workdir, report, loader.tokenizer)
+    else:
+        report.note(f"stopped on request after step {step}; the same command continues")
+    report.close()
+    loader.close()
+
+
+def write_json(path, value):
+    """Writes a file whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=1))
+    os.replace(temporary, path)
+
+
+def main(argv=None):
+    config, workdir = parse(sys.argv[1:] if argv is None else argv)
+    import jax
+
+    from dsv3_jax import data
+    from dsv3_jax.config_checks import ConfigError, Problem, check_machine
+
+    problems = check_machine(config, len(jax.devices()), workdir)
+    problems += [
+        Problem(*problem)
+        for problem in data.check(config.data, config.model.vocab_size, config.train.seq_len)
+    ]
+    if problems:
+        refuse(ConfigError(problems))
+    try:
+        train(config, workdir)
+    except data.DataError as error:
+        refuse(ConfigError([Problem(*error.problem)]))
+
+
+if __name__ == "__main__":
+    main()
