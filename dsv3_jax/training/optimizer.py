@@ -1,9 +1,9 @@
 """AdamW (arXiv 1711.05101) with global clipping, decoupled decay and moments in fp32 or bf16.
 
-The arithmetic is that of `optax.adamw` and the state is optax's, but moments and parameter of a leaf are
-updated in one expression, in which each output can overwrite its input. Chained transformations keep a
-copy of all updates, and a select of old or new state around them keeps a copy of all moments; a model
-that nearly fills the device has room for neither.
+The arithmetic is that of `optax.adamw` and the state is optax's. One function updates a leaf's moments
+and parameter together, so that every output can overwrite its input, and a step that is not finite is
+undone inside it. Selecting old or new state around a chain of optax transformations costs XLA:CPU a copy
+of the moments and half the speed; on an H200 both take the same memory and time.
 """
 
 from typing import Any
@@ -69,8 +69,8 @@ def adamw_update(
 ) -> tuple[Params, optax.ScaleByAdamState]:
     """One AdamW step: `(params, state)` after it.
 
-    Gradients are multiplied by `clip_scale` first (see `norm_and_clip_scale`). Arithmetic is in fp32 and
-    moments are rounded to `moment_dtype` once, where they are stored; the step uses them as stored.
+    Gradients are multiplied by `clip_scale` first (see `norm_and_clip_scale`). Arithmetic is in fp32;
+    moments are rounded to `moment_dtype` only where they are stored, after the step has used them.
     Where `finite` is false, parameters, moments and count come back unchanged, whatever `grads` holds.
     """
     count = optax.safe_increment(state.count)
@@ -82,19 +82,15 @@ def adamw_update(
         g = g.astype(jnp.float32) * clip_scale
         new_mu = config.b1 * mu.astype(jnp.float32) + (1 - config.b1) * g
         new_nu = config.b2 * nu.astype(jnp.float32) + (1 - config.b2) * g * g
-        # The parameter must read the moments after the select: reading the values before it would keep
-        # the old moments alive, and with them a second copy of every moment.
-        mu = jnp.where(finite, new_mu.astype(dtype), mu)
-        nu = jnp.where(finite, new_nu.astype(dtype), nu)
-        if dtype != jnp.float32:
-            # XLA may otherwise skip the rounding in what the parameter reads, with the same effect.
-            mu, nu = jax.lax.optimization_barrier((mu, nu))
-        update = (mu.astype(jnp.float32) / correction1) / (
-            jnp.sqrt(nu.astype(jnp.float32) / correction2) + config.eps
-        )
+        # The parameter reads the moments after the select: reading the values before it would keep the
+        # old moments alive, and with them a second copy of every moment.
+        new_mu = jnp.where(finite, new_mu, mu.astype(jnp.float32))
+        new_nu = jnp.where(finite, new_nu, nu.astype(jnp.float32))
+        update = (new_mu / correction1) / (jnp.sqrt(new_nu / correction2) + config.eps)
         if decays:
             update += config.weight_decay * p
-        return jnp.where(finite, p - learning_rate * update, p), mu, nu
+        new_p = jnp.where(finite, p - learning_rate * update, p)
+        return new_p, new_mu.astype(dtype), new_nu.astype(dtype)
 
     with jax.named_scope("adamw"):
         mask = decay_mask(params, config.decay_embeddings)
