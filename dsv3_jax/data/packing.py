@@ -1,11 +1,12 @@
 """Documents as one endless stream of tokens, and the stream as sequences.
 
 The stream visits every document once an epoch, in an order that (seed, epoch) alone decides, and puts
-the end-of-text token after each. Sequence i is the window of stream tokens [i*S, i*S + S]: S inputs,
-and as targets the same shifted by one. So the place in the data is one integer, the number of
-sequences read, and any sequence can be made alone.
+the end-of-text token after each. Window w is stream tokens [w*S, w*S + S]: S inputs, and as targets the
+same shifted by one. Training reads every window once, in an order that the seed alone decides. So the
+place in the data is one integer, the number of sequences read, and any sequence can be made alone.
 """
 
+import functools
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from dsv3_jax.data.tokenizers import FimIds
 _ORDER, _FIM, _CUT, _WINDOW = range(4)
 _RATE_ONE = 1 << 32  # A rate of one in fixed point: the start of an epoch is then exact integer arithmetic.
 _KEPT_EPOCHS = 4
+_LONGEST_STRETCH = 1 << 18  # Windows that are mixed among themselves.
 
 
 @dataclass(frozen=True)
@@ -195,14 +197,26 @@ class PackedSequences:
       seq_len: S, the number of inputs and of targets.
       mask_documents: whether documents in a sequence are kept apart.
       one_pass: read the whole sequences of the first pass only, in one fixed random order, again and again.
-        Else sequence i is window i of the endless stream.
+        Else the windows of the endless stream, each once.
+      mix_seed: decides the order of those windows, so that a batch is no run of neighbours of one document:
+        they are mixed within stretches of one pass, or of 2^18 windows if a pass is longer. None: window i.
     """
 
     def __init__(
-        self, stream: TokenStream, seq_len: int, *, mask_documents: bool = False, one_pass: bool = False
+        self,
+        stream: TokenStream,
+        seq_len: int,
+        *,
+        mask_documents: bool = False,
+        one_pass: bool = False,
+        mix_seed: int | None = None,
     ):
         self.stream, self.seq_len, self.mask_documents = stream, seq_len, mask_documents
         self._windows = random_order(self.per_pass, _WINDOW) if one_pass else None
+        self._mix_seed = mix_seed
+        self._stretch = max(1, min(self.per_pass, _LONGEST_STRETCH))
+        # Reading threads work at most on two stretches at a time.
+        self._mixed = functools.lru_cache(maxsize=3)(self._mixed_stretch)
 
     @property
     def per_pass(self) -> int:
@@ -253,4 +267,12 @@ class PackedSequences:
     def _window(self, i: int) -> int:
         if i < 0:
             raise IndexError(f"sequences count from 0, not {i}")
-        return i if self._windows is None else int(self._windows[i % len(self._windows)])
+        if self._windows is not None:
+            return int(self._windows[i % len(self._windows)])
+        if self._mix_seed is None:
+            return i
+        stretch, place = divmod(i, self._stretch)
+        return stretch * self._stretch + int(self._mixed(stretch)[place])
+
+    def _mixed_stretch(self, stretch: int) -> np.ndarray:
+        return random_order(self._stretch, self._mix_seed or 0, stretch, _WINDOW)

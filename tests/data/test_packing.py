@@ -160,6 +160,24 @@ def test_one_pass_reads_each_whole_window_once(texts, seq_len):
         assert all(np.array_equal(once[i]["tokens"], once[n + i]["tokens"]) for i in range(n))
 
 
+@given(texts_, st.integers(1, 12), st.integers(0, 2**64), st.integers(0, 5))
+def test_mixed_windows_are_each_read_once_and_stay_in_their_stretch(texts, seq_len, seed, stretch):
+    stream = _stream(texts)
+    plain, mixed = PackedSequences(stream, seq_len), PackedSequences(stream, seq_len, mix_seed=seed)
+    n = max(1, plain.per_pass)
+    indices = range(stretch * n, (stretch + 1) * n)
+    plain_rows = Counter(tuple(plain[i]["tokens"]) for i in indices)
+    assert Counter(tuple(mixed[i]["tokens"]) for i in indices) == plain_rows
+
+
+def test_neighbouring_sequences_are_of_different_documents():
+    stream = _stream([[n] * 99 for n in range(100)])
+    mixed = PackedSequences(stream, 10, mix_seed=0)
+    neighbours = [set(mixed[i]["tokens"]) & set(mixed[i + 1]["tokens"]) - {EOS} for i in range(500)]
+    # Windows of ten tokens of documents of a hundred: in order, nine of ten neighbours would share one.
+    assert sum(map(bool, neighbours)) < 25
+
+
 def test_describe_names_the_documents():
     sequences = PackedSequences(_stream([[1] * 9, [2] * 9, [3] * 9, [4] * 9], shuffle=False), 10)
     assert sequences.describe(0, 1) == "sequences 0 to 0 (epoch 0): d0, d1"  # d1 has the last target.
