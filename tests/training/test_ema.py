@@ -58,13 +58,31 @@ def test_starts_as_a_copy_of_the_parameters(memory, kind):
     assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(average)} == {kind}
 
 
-def test_follows_the_layout_of_sharded_parameters():
-    count = 2 if len(jax.devices()) > 1 else 1
-    mesh = Mesh(np.asarray(jax.devices()[:count]), ("data",))
-    layout = {"a": {"kernel": NamedSharding(mesh, P("data"))}, "b": NamedSharding(mesh, P())}
-    params = jax.device_put(make_params(), layout)
-    for memory, kind in MEMORIES:
-        expected = ema.shardings(layout, memory)
-        average = ema.make_update(DECAY, expected)(ema.init(params, expected), params, jnp.asarray(True))
-        assert jax.tree.map(lambda x: x.sharding, average) == expected
-        assert expected["a"]["kernel"].spec == P("data") and expected["b"].memory_kind == kind
+# Stacked layers, a prime, more rows than slices, a scalar; then arrays that devices share.
+SHAPES = {
+    "stacked": (3, 4, 5),
+    "prime": (37,),
+    "table": (96, 2),
+    "scalar": (),
+    "rows": (8, 6),
+    "both": (4, 6),
+}
+SPECS = {"rows": P("data"), "both": P("data", "expert")}
+
+
+@pytest.mark.parametrize(("memory", "kind"), MEMORIES)
+def test_any_shape_and_layout(memory, kind):
+    count = 2 if len(jax.devices()) >= 4 else 1  # More where the run has more devices.
+    mesh = Mesh(np.asarray(jax.devices()[: count**2]).reshape(count, count), ("data", "expert"))
+    normal = np.random.default_rng(1).standard_normal
+    old, new = ({name: normal(shape).astype(np.float32) for name, shape in SHAPES.items()} for _ in range(2))
+    layout = {name: NamedSharding(mesh, SPECS.get(name, P())) for name in SHAPES}
+    ema_layout = ema.shardings(layout, memory)
+    params = jax.device_put(new, layout)
+    average = ema.init(jax.device_put(old, layout), ema_layout)
+    average = ema.make_update(DECAY, ema_layout)(average, params, jnp.asarray(True))
+    for name, leaf in average.items():
+        assert leaf.sharding == ema_layout[name] and leaf.sharding.memory_kind == kind
+        # Three fp32 roundings of values near 1.
+        exact = DECAY * old[name].astype(np.float64) + (1 - DECAY) * new[name]
+        np.testing.assert_allclose(leaf, exact, rtol=0, atol=1e-6)
