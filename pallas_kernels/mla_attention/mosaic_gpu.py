@@ -121,24 +121,27 @@ def attention(q, k, v, k_rope, q_segments, kv_segments, *, scale, causal, config
 def _forward(q, k, v, k_rope, q_segments, kv_segments, scale, causal, config):
     from pallas_kernels.mla_attention import mosaic_gpu_forward as kernel
 
-    config = config or kernel.default_config(q.shape[-1], v.shape[-1])
-    q_len, kv_len = q.shape[1], k.shape[1]
-    blocks = None
+    batch, q_len, heads, d_qk = q.shape
+    kv_len, kv_heads, d_k = k.shape[1:]
+    config = config or kernel.default_config(d_qk, v.shape[-1])
+    block_ranges = None
     if q_segments is not None:
         visible = visible_blocks(
             q_segments, kv_segments, q_len=q_len, kv_len=kv_len,
             q_block=kernel.TILE_Q, kv_block=config.block_kv, causal=causal,
         )  # fmt: skip
-        blocks = ranges(*visible)
+        block_ranges = ranges(*visible)
+    call = kernel.Call(
+        batch, heads, kv_heads, -(-q_len // kernel.TILE_Q), kv_len, kv_len - q_len, causal, scale,
+        d_k, d_qk, v.shape[-1], config,
+    )  # fmt: skip
     # TMA moves boxes of 8 rows; what it reads beyond the operands' ends is zero.
     out, lse = kernel.forward(
         *(_pad_rows(array, 8) for array in (q, k, v, k_rope)),
-        _pad_rows(q_segments, kernel.TILE_Q * config.cluster),
+        _pad_rows(q_segments, kernel.TILE_Q),
         _pad_rows(kv_segments, config.block_kv),
-        blocks,
-        scale=scale,
-        causal=(causal, kv_len - q_len, kv_len),
-        config=config,
+        block_ranges,
+        call=call,
         multiprocessors=multiprocessors(),
     )
     out, lse = out[:, :q_len], lse[..., :q_len]

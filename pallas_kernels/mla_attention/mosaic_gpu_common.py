@@ -33,6 +33,40 @@ def down(array, rows):
     return lax.broadcast_in_dim(array, (rows, array.shape[0]), [1])
 
 
+def _hardware_barrier(operation, barriers, index, threads):
+    if isinstance(index, int):
+
+        @plgpu.inline_mgpu()
+        def fixed(_):
+            mgpu.utils.inline_ptx(f"bar.{operation} {barriers[index]}, {threads};")
+
+        return fixed()
+
+    # Numbers that are constants, under predicates: the compiler sinks an arrival on a computed number below
+    # the arithmetic that follows, and the one who waits for it waits longer.
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT,))
+    def chosen(_, index):
+        steps = "".join(
+            f"setp.eq.s32 p, $0, {i}; @p bar.{operation} {barrier}, {threads}; " for i, barrier in enumerate(barriers)
+        )
+        mgpu.utils.inline_ptx("{ .reg .pred p; " + steps + "}", index.registers[()])
+
+    return chosen(index)
+
+
+def arrive(barriers, index, threads):
+    """Counts the calling threads on hardware barrier `barriers[index]` and goes on; `threads` complete it.
+
+    Cheaper than a barrier in shared memory, on which each of the 128 threads of a warpgroup arrives.
+    """
+    _hardware_barrier("arrive", barriers, index, threads)
+
+
+def sync(barriers, index, threads):
+    """Waits on hardware barrier `barriers[index]` until `threads` threads, the caller's too, have come to it."""
+    _hardware_barrier("sync", barriers, index, threads)
+
+
 def row_numbers(rows):
     return plgpu.broadcasted_iota(jnp.int32, (rows,), 0, layout=PER_ROW)
 
