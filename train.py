@@ -216,6 +216,9 @@ def main(argv=None):
     from dsv3_jax import data
     from dsv3_jax.config_checks import ConfigError, Problem, check_machine
 
+    if not jax.config.jax_compilation_cache_dir:  # Compiled programs are kept: the next start is quick.
+        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "dsv3_jax" / "xla"))
+
     problems = check_machine(config, len(jax.devices()), workdir)
     problems += [
         Problem(*problem)

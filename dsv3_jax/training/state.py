@@ -60,7 +60,13 @@ def shardings(abstract: Any) -> Any:
 
 def init_state(config: Config, mesh: Mesh) -> TrainState:
     """The first state, from `train.seed`, computed where it will live."""
-    make = jax.jit(lambda rng: _init(config, rng), out_shardings=shardings(abstract_state(config, mesh)))
+    # Run once: on CPU, optimising this program takes LLVM far longer than running it as it is.
+    quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    make = jax.jit(
+        lambda rng: _init(config, rng),
+        out_shardings=shardings(abstract_state(config, mesh)),
+        compiler_options=quick if mesh.devices.flat[0].platform == "cpu" else None,
+    )
     return make(jax.random.key(config.train.seed))
 
 
