@@ -64,7 +64,7 @@ def wgrad(lhs, dout, group_sizes, *, out_dtype):
     right_rows = jnp.pad(dout, ((0, block), (0, 0)))
 
     def one_group(g, out):
-        def one_block(i, total):
+        def one_block(i):
             start = starts[g] + i * block
             left = lax.dynamic_slice_in_dim(left_rows, start, block)
             right = lax.dynamic_slice_in_dim(right_rows, start, block)
@@ -72,10 +72,11 @@ def wgrad(lhs, dout, group_sizes, *, out_dtype):
             ours = start + jnp.arange(block)[:, None] < ends[g]
             left, right = jnp.where(ours, left, 0), jnp.where(ours, right, 0)
             contract = (((0,), (0,)), ((), ()))
-            return total + lax.dot_general(left, right, contract, preferred_element_type=jnp.float32)
+            return lax.dot_general(left, right, contract, preferred_element_type=jnp.float32)
 
-        zero = jnp.zeros((k, n), jnp.float32)
-        total = lax.fori_loop(0, -(-group_sizes[g] // block), one_block, zero)
+        # The first block needs no sum, and with many groups it is the only one.
+        blocks = -(-group_sizes[g] // block)
+        total = lax.fori_loop(1, blocks, lambda i, total: total + one_block(i), one_block(0))
         return lax.dynamic_update_index_in_dim(out, total.astype(out_dtype), g, 0)
 
     return lax.fori_loop(0, groups, one_group, jnp.zeros((groups, k, n), out_dtype))

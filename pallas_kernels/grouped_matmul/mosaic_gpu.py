@@ -219,12 +219,12 @@ def consume(acc, multiply, step, steps, full, free, stages: int):
 
 def store(value, out, out_smem, first, low, high, column):
     """Stores a warpgroup's product at rows `first`.. and columns `column`.., rows `[low, high)` only."""
-    width = out_smem.shape[-1]
+    buffers, _, width = out_smem.shape
     whole = (first >= low) & (first + hopper.WARPGROUP_ROWS <= high)
     for i in range(value.shape[1] // width):
-        block = out_smem.at[i % 2]
+        block = out_smem.at[i % buffers]
         at = column + i * width
-        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+        plgpu.wait_smem_to_gmem(buffers - 1, wait_read_only=True)
         block[...] = value[:, i * width : (i + 1) * width].astype(out.dtype)
         plgpu.commit_smem()
 

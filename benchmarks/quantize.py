@@ -1,0 +1,88 @@
+"""FP8 quantisation against the card's own copy bandwidth, and against XLA's version of the same.
+
+    PYTHONPATH=. python benchmarks/quantize.py [--out results.json] [--rounds 3]
+
+Bytes are those that must move: the operand once, the values and the scales once.
+"""
+
+import argparse
+import functools
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+
+from benchmarks import timing  # Before JAX allocates.
+
+# isort: split
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.fp8_quantize import Quantized, dequantize, quantize_columns, quantize_rows
+
+SHAPES = ((32768, 7168), (32768, 2048))
+
+
+def cases(rows: int, k: int):
+    """(name, operands, call taking them and `implementation=`) of each operation."""
+    x = jax.random.normal(jax.random.key(0), (rows, k), jnp.bfloat16)
+    quantised = jax.jit(functools.partial(quantize_rows, implementation="reference"))(x)
+    sizes = jnp.full((64,), rows // 64 - 5, jnp.int32)
+    yield "rows", (x,), quantize_rows
+    yield "rows, power of two", (x,), functools.partial(quantize_rows, power_of_two=True)
+    yield "rows of swiglu", (x,), functools.partial(quantize_rows, swiglu=True)
+    yield "columns", (x,), quantize_columns
+    yield "columns, 64 groups", (x, sizes), quantize_columns
+    yield "columns of quantised rows", (quantised,), quantize_columns
+
+
+def agreement(got: Quantized, want: Quantized) -> float:
+    """Largest difference of the dequantised results over the largest magnitude; NaN never passes."""
+    got, want = dequantize(got), dequantize(want)
+    return float(jnp.max(jnp.abs(got - want)) / jnp.max(jnp.abs(want)))
+
+
+def run(case: str, operands, function, rounds: int):
+    """Checks and times one case."""
+    ours = jax.jit(functools.partial(function, implementation="mosaic_gpu"))
+    xla = jax.jit(functools.partial(function, implementation="reference"))
+    got, want = ours(*operands), xla(*operands)
+    same = float(np.mean(np.asarray(got.values.view(jnp.uint8) == want.values.view(jnp.uint8))))
+    error = agreement(got, want)
+    times = timing.compare(
+        [timing.Rival("ours", lambda: ours(*operands)), timing.Rival("xla", lambda: xla(*operands))],
+        rounds=rounds,
+    )
+    moved = sum(x.nbytes for x in jax.tree.leaves((operands, got)))
+    return timing.row(case, 0.0, moved, times) | {"equal_values": same, "largest_difference": error}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", default="benchmarks/results/gemm_quantize.json")
+    parser.add_argument("--only", default="", help="run the cases whose name contains this")
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    ceiling = timing.roofline()
+    print(ceiling, flush=True)
+    found = []
+    for rows, k in SHAPES:
+        for name, operands, function in cases(rows, k):
+            case = f"{rows}x{k} {name}"
+            if args.only not in case:
+                continue
+            row = run(case, operands, function, args.rounds)
+            found.append(row)
+            cells = "  ".join(
+                f"{rival} {r['spaced_tbps']:.2f} TB/s ({r['spaced_tbps'] / ceiling.copy_tbps:.0%} of a copy)"
+                for rival, r in row["rivals"].items()
+            )
+            print(f"{case:<44} {cells}  equal {row['equal_values']:.4%}", flush=True)
+            timing.write(args.out, found, ceiling)
+    if any(not row["largest_difference"] < 0.07 for row in found):  # One step of E4M3 at the top: 32 / 448.
+        raise SystemExit("a result is wrong")
+
+
+if __name__ == "__main__":
+    main()

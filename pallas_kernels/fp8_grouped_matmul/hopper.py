@@ -1,0 +1,162 @@
+"""Device code of the FP8 products: one 128-deep step on the tensor cores, and its promotion into float32.
+
+Hopper's tensor cores keep about 14 bits of an FP8 sum (DeepSeek-V3, arXiv 2412.19437, section 3.3.2).
+So the product of every 128 of the contraction starts from nothing, and is scaled and added in float32
+by the ordinary units while the other warpgroup has the tensor cores.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import fragmented_array, mma_utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, nvvm, vector
+
+from pallas_kernels.grouped_matmul.hopper import ROW_BYTES, WARPGROUP_ROWS, swizzled
+
+STEP = 128  # Contraction of one step: what one scale covers, and 128 bytes, the widest swizzle.
+INSTRUCTION = 32  # Contraction of one WGMMA.
+
+# The tensor cores' own layout, one 32-bit register an element: pairs in 64 bits make the compiler wait.
+SUMS = plgpu.Layout._WGMMA_ACC_32BIT
+PER_ROW = plgpu.Layout.WGMMA.reduce(1)
+PER_COLUMN = plgpu.Layout.WGMMA.reduce(0)
+_SUMS = fragmented_array.WGMMA_LAYOUT_ACC_32BIT
+_PTX_NAMES = {jnp.dtype(jnp.float8_e4m3fn): "e4m3", jnp.dtype(jnp.float8_e5m2): "e5m2"}
+
+
+def zeros(columns: int):
+    """A warpgroup's float32 sums."""
+    return plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, columns), jnp.float32), SUMS)
+
+
+def multiply(left, right):
+    """`left @ right.T`, waited for: `[64, 128]` and `[columns, 128]` in swizzled FP8 -> `[64, columns]` float32."""
+    columns = right.shape[0]
+    types = _PTX_NAMES[jnp.dtype(left.dtype)], _PTX_NAMES[jnp.dtype(right.dtype)]
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(swizzled(left.dtype)), plgpu.RefType(swizzled(right.dtype))),
+        return_type=plgpu.ShapeDtypeStruct((WARPGROUP_ROWS, columns), jnp.float32, layout=SUMS),
+    )
+    def run(_, left, right):
+        left_at, left_stride = _descriptor(left, (WARPGROUP_ROWS, STEP), (WARPGROUP_ROWS, STEP), False)
+        right = mgpu.utils.memref_transpose(right, (1, 0, 3, 2))
+        right_at, right_stride = _descriptor(right, (STEP, STEP), (STEP, columns), True)
+        nvvm.wgmma_fence_aligned()
+        sums = None
+        for i in range(STEP // INSTRUCTION):
+            sums = _wgmma(
+                sums, _advance(left_at, i * left_stride), _advance(right_at, i * right_stride), columns, types
+            )
+        nvvm.wgmma_commit_group_sync_aligned()
+        nvvm.wgmma_wait_group_sync_aligned(0)
+        shape = _SUMS.registers_shape((WARPGROUP_ROWS, columns))
+        registers = np.array(sums, dtype=object).reshape(shape)
+        product = mgpu.FragmentedArray(_registers=registers, _layout=_SUMS, _is_signed=None)
+        return fragmented_array.optimization_barrier(product)  # Nothing may read it before the wait.
+
+    return run(left, right)  # pyright: ignore[reportCallIssue]
+
+
+def _descriptor(ref, large_tile, group_size, k_major):
+    (at, strides), _, _ = mma_utils.create_descriptor(
+        ref, swizzle=ROW_BYTES, large_tile=large_tile, group_size=group_size, logical_k_major=k_major
+    )
+    return at, strides[1][0]
+
+
+def _advance(descriptor, offset: int):
+    i64 = ir.IntegerType.get_signless(64)
+    step = arith.constant(i64, ir.IntegerAttr.get(i64, mma_utils.encode_addr(offset)))
+    return llvm.add(descriptor, step, overflow_flags=llvm.IntegerOverflowFlags.none)
+
+
+def _wgmma(sums, left, right, columns: int, types):
+    """One WGMMA. Without `sums` it starts from nothing, which saves clearing the registers."""
+    count = columns // 2
+    vector_type = ir.VectorType.get((1,), ir.F32Type.get())
+    outputs, inputs = ["=f"] * count, [] if sums is None else [str(i) for i in range(count)]
+    first = count + len(inputs)
+    registers = ",".join(f"${i}" for i in range(count))
+    ptx = (
+        f"{{ .reg .pred p; setp.ne.b32 p, {int(sums is not None)}, 0; "
+        f"wgmma.mma_async.sync.aligned.m64n{columns}k{INSTRUCTION}.f32.{types[0]}.{types[1]} "
+        f"{{{registers}}}, ${first}, ${first + 1}, p, 1, 1; }}\n"
+    )
+    result = llvm.inline_asm(
+        llvm.StructType.get_literal([vector_type] * count),
+        [*(sums or []), left, right],
+        ptx,
+        ",".join([*outputs, *inputs, "l", "l"]),
+        asm_dialect=0,
+        has_side_effects=True,
+    )
+    return [llvm.extractvalue(vector_type, result, [i]) for i in range(count)]
+
+
+def promote(sums, product, row_scales, column_scales=None):
+    """`sums + product * scales`, each element one float32 multiply-add.
+
+    Args:
+      sums, product: `[64, columns]`.
+      row_scales: one or more `[64]`; with several, each serves an equal share of the columns.
+      column_scales: `[columns]`, or None.
+    """
+    if column_scales is None:
+        return _promote_by_row(sums, product, row_scales)
+    return _promote_by_both(sums, product, row_scales[0], column_scales)
+
+
+def _promote_by_row(sums, product, row_scales):
+    columns = sums.shape[1]
+
+    @plgpu.inline_mgpu(
+        arg_types=(SUMS, SUMS, *[PER_ROW] * len(row_scales)),
+        return_type=plgpu.ShapeDtypeStruct(sums.shape, jnp.float32, layout=SUMS),
+    )
+    def run(_, sums, product, *row_scales):
+        scales = [[_scalar(r) for r in scale.registers.flat] for scale in row_scales]
+        share = columns // len(row_scales)
+
+        def element(index, total, value):
+            return llvm.intr_fma(value, scales[8 * index[1] // share][index[4]], total)
+
+        return _map(element, sums, product)
+
+    return run(sums, product, *row_scales)  # pyright: ignore[reportCallIssue]
+
+
+def _promote_by_both(sums, product, row_scale, column_scales):
+    @plgpu.inline_mgpu(
+        arg_types=(SUMS, SUMS, PER_ROW, PER_COLUMN),
+        return_type=plgpu.ShapeDtypeStruct(sums.shape, jnp.float32, layout=SUMS),
+    )
+    def run(_, sums, product, row_scale, column_scales):
+        rows = [_scalar(r) for r in row_scale.registers.flat]
+        columns = column_scales.registers.reshape(-1)
+
+        def element(index, total, value):
+            scale = vector.extract(columns[index[1]], dynamic_position=[], static_position=[index[8]])
+            return llvm.intr_fma(arith.mulf(value, scale), rows[index[4]], total)
+
+        return _map(element, sums, product)
+
+    return run(sums, product, row_scale, column_scales)  # pyright: ignore[reportCallIssue]
+
+
+def _scalar(register):
+    if isinstance(register.type, ir.VectorType):
+        return vector.extract(register, dynamic_position=[], static_position=[0])
+    return register
+
+
+def _map(element, sums, product):
+    """`element(index, sum, product)` on every register; the index counts 8 columns at 1, 8 rows at 4, a column at 8."""
+    kind = ir.VectorType.get((1,), ir.F32Type.get())
+    out = np.empty_like(sums.registers)
+    for index, total in np.ndenumerate(sums.registers):
+        value = element(index, _scalar(total), _scalar(product.registers[index]))
+        out[index] = vector.broadcast(kind, value)
+    return mgpu.FragmentedArray(_registers=out, _layout=_SUMS, _is_signed=None)

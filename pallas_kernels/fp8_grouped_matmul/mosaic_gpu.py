@@ -1,0 +1,255 @@
+"""FP8 products for Hopper, in Pallas Mosaic GPU: row-scaled by block-scaled operands, dense or in groups.
+
+One persistent kernel, built like the bf16 `grouped_matmul`: a warpgroup fetches tiles into a ring of
+shared-memory stages, two multiply. What differs is the arithmetic: every 128 of the contraction is a
+product of its own, which is scaled and added in float32 (`hopper.py`). The row scales travel
+with the rows; a block scale is a scalar, read one step ahead.
+
+At the rate of FP8 the L2 cache limits: two neighbouring multiprocessors work on neighbouring columns of
+the same rows, and each fetches half of the rows for both.
+
+Needs a compute capability 9.0 GPU and JAX 0.11.2. Rows and k that are no multiples of 8 and 128 are
+padded, which copies the operands.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.fp8_grouped_matmul import hopper
+from pallas_kernels.grouped_matmul import mosaic_gpu as bf16
+from pallas_kernels.grouped_matmul import schedule
+from pallas_kernels.grouped_matmul.hopper import ROW_BYTES, WARPGROUP_ROWS, swizzled
+from pallas_kernels.grouped_matmul.mosaic_gpu import FETCH_REGISTERS, FETCHER, MULTIPLY_REGISTERS
+
+SCALED = 128  # Elements that share a scale.
+STEP = hopper.STEP
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """How the kernel cuts its work.
+
+    Attributes:
+      n: columns of a tile.
+      waves: blocks of 64 rows that each of the two multiplying warpgroups takes.
+      pair: two multiprocessors share the rows of two tiles side by side.
+      stages: operand tiles in flight.
+      buffers: shared-memory buffers a warpgroup stores its result through.
+      band: row tiles that are visited together, column by column, to reuse operands from the L2 cache.
+    """
+
+    n: int = 128
+    waves: int = 2
+    pair: bool = True
+    stages: int = 4
+    buffers: int = 1
+    band: int = 4
+
+    @property
+    def rows(self) -> int:
+        return 2 * self.waves * WARPGROUP_ROWS
+
+
+def unsupported(lhs, rhs) -> str | None:
+    """Why this implementation cannot run the call, or None."""
+    reason = bf16.unsupported(jax.ShapeDtypeStruct((1, 1), jnp.bfloat16), jnp.bfloat16(0), False)
+    if reason is None and (lhs.scales.dtype != jnp.float32 or rhs.scales.dtype != jnp.float32):
+        return f"scales in {lhs.scales.dtype} and {rhs.scales.dtype}: keep them in float32"
+    return reason
+
+
+def forward(lhs, rhs, group_sizes, *, out_dtype, tiling: Tiling | None = None):
+    """`out[r] = lhs[r] @ rhs[group of r].T`; rows past the sum of the sizes are zero."""
+    tiling = tiling or Tiling()
+    rows, columns = lhs.values.shape[0], rhs.values.shape[1]
+    padded = rows + -rows % schedule.ALIGN
+    tiles, count = schedule.row_tiles(group_sizes, padded, tiling.rows)
+    out = _product(tiles, count, _padded(lhs, padded), _padded(rhs), jnp.dtype(out_dtype), tiling)
+    return out if out.shape == (rows, columns) else out[:rows, :columns]
+
+
+def dense(lhs, rhs, *, out_dtype, tiling: Tiling | None = None):
+    """`lhs @ rhs.T`: one group, whose tiles are known when compiling."""
+    tiling = tiling or Tiling()
+    rows, columns = lhs.values.shape[0], rhs.values.shape[0]
+    padded = rows + -rows % schedule.ALIGN
+    start = np.arange(0, padded, tiling.rows)
+    tiles = np.stack([0 * start, start, start, np.minimum(start + tiling.rows, padded)], 1).astype(np.int32)
+    rhs = _padded(type(rhs)(rhs.values[None], rhs.scales[None]))
+    count = jnp.asarray([start.size], jnp.int32)
+    out = _product(jnp.asarray(tiles), count, _padded(lhs, padded), rhs, jnp.dtype(out_dtype), tiling)
+    return out if out.shape == (rows, columns) else out[:rows, :columns]
+
+
+def _padded(operand, rows: int | None = None):
+    """The contraction padded to whole steps, and the rows to `rows`, or to what the copy engine stores."""
+    values, scales = operand
+    missing = -values.shape[-2] % 64 if rows is None else rows - values.shape[-2]
+    depth = -values.shape[-1] % STEP
+    if missing or depth:
+        values = jnp.pad(values, [(0, 0)] * (values.ndim - 2) + [(0, missing), (0, depth)])
+    if rows is not None and missing:
+        scales = jnp.pad(scales, ((0, 0), (0, missing)))
+    return values, scales
+
+
+def _product(tiles, count, lhs, rhs, out_dtype, tiling: Tiling):
+    store_columns = ROW_BYTES // out_dtype.itemsize
+    operand, result = swizzled(lhs[0].dtype), swizzled(out_dtype)
+    cluster = 2 if tiling.pair else 1
+    free = (
+        plgpu.ClusterBarrier(collective_axes=("pair",), num_arrivals=2, num_barriers=tiling.stages)
+        if tiling.pair
+        else plgpu.Barrier(num_arrivals=2, num_barriers=tiling.stages)
+    )
+    kernel = plgpu.kernel(
+        functools.partial(_kernel, tiling=tiling),
+        out_type=jax.ShapeDtypeStruct((lhs[0].shape[0], rhs[0].shape[1]), out_dtype),
+        grid=(bf16.multiprocessors() // cluster,),
+        grid_names=("sm",),
+        cluster=(cluster,),
+        cluster_names=("pair",),
+        num_threads=3,
+        thread_name="wg",
+        scratch_types=dict(
+            left_smem=plgpu.SMEM((tiling.stages, tiling.rows, STEP), lhs[0].dtype, transforms=operand),
+            right_smem=plgpu.SMEM((tiling.stages, tiling.n, STEP), rhs[0].dtype, transforms=operand),
+            scale_smem=plgpu.SMEM((tiling.stages, tiling.rows), jnp.float32),
+            out_smem=plgpu.SMEM(
+                (2, tiling.buffers, WARPGROUP_ROWS, store_columns), out_dtype, transforms=result
+            ),
+            full=plgpu.Barrier(num_arrivals=3, num_barriers=tiling.stages),
+            free=free,
+        ),
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        kernel_name="fp8_matmul",
+    )
+    return kernel(tiles, count, *lhs, *rhs)
+
+
+def _kernel(
+    tiles, count, lhs, lhs_scales, rhs, rhs_scales, out, *,
+    left_smem, right_smem, scale_smem, out_smem, full, free, tiling,
+):  # fmt: skip
+    groups, depth, columns = rhs.shape[0], lhs.shape[1], out.shape[1]
+    width = tiling.n * (2 if tiling.pair else 1)
+    column_tiles = pl.cdiv(columns, width)
+    row_tiles = count[0]
+    warpgroup = lax.axis_index("wg")
+
+    def each_tile(body):
+        """Runs `body(step, tile, column, steps)`; `step` counts stages since the kernel began, and is returned."""
+
+        @plgpu.nd_loop((row_tiles * column_tiles,), collective_axes="sm", init_carry=jnp.int32(0))
+        def last(info, carry):
+            row_tile, column = plgpu.planar_snake(info.index[0], (row_tiles, column_tiles), 0, tiling.band)
+            tile = [tiles[row_tile, i] for i in range(4)]
+            # The rows past the sum of the sizes are a group without weights: nothing to multiply.
+            steps = jnp.where(tile[0] < groups, depth // STEP, 0)
+            column = column * width + lax.axis_index("pair") * tiling.n
+            return body(carry, tile, column, steps)
+
+        return last
+
+    def fetcher():
+        plgpu.set_max_registers(FETCH_REGISTERS, action="decrease")
+
+        @each_tile
+        def last(step, tile, column, steps):
+            group, start, _, _ = tile
+
+            def fetch(i, step):
+                slot = lax.rem(step, jnp.int32(tiling.stages))
+                plgpu.barrier_wait(free.at[slot])
+                at, down = pl.ds(i * STEP, STEP), pl.ds(start, tiling.rows)
+                together = dict(collective_axes="pair") if tiling.pair else {}
+                plgpu.copy_gmem_to_smem(lhs.at[down, at], left_smem.at[slot], full.at[slot], **together)
+                plgpu.copy_gmem_to_smem(lhs_scales.at[i, down], scale_smem.at[slot], full.at[slot])
+                right = rhs.at[group, pl.ds(column, tiling.n), at]
+                plgpu.copy_gmem_to_smem(right, right_smem.at[slot], full.at[slot])
+                return step + 1
+
+            return lax.fori_loop(0, steps, fetch, step)
+
+        drain(free, last, tiling)
+
+    def multiplier():
+        plgpu.set_max_registers(MULTIPLY_REGISTERS, action="increase")
+        bf16.release_all(free, tiling.stages)
+        own_rows = tiling.waves * WARPGROUP_ROWS
+
+        @each_tile
+        def _(step, tile, column, steps):
+            group, start, low, high = tile
+            first = start + warpgroup * own_rows
+
+            def block_scales(i):
+                # A tile that starts in the middle of a block takes a scale every 64 columns.
+                share = SCALED if tiling.n % SCALED == 0 else SCALED // 2
+                blocks = [(column + at) // SCALED for at in range(0, tiling.n, share)]
+                blocks = [jnp.minimum(block, rhs_scales.shape[1] - 1) for block in blocks]
+                return tuple(rhs_scales[group, block, jnp.minimum(i, steps - 1)] for block in blocks)
+
+            def product():
+                def one(i, carry):
+                    step, scales, sums = carry
+                    slot = lax.rem(step, jnp.int32(tiling.stages))
+                    following = block_scales(i + 1)
+                    plgpu.barrier_wait(full.at[slot])
+                    sums = list(sums)
+                    for wave in range(tiling.waves):
+                        rows = pl.ds(warpgroup * own_rows + wave * WARPGROUP_ROWS, WARPGROUP_ROWS)
+                        by_row = plgpu.load(scale_smem.at[slot, rows], layout=hopper.PER_ROW)
+                        value = hopper.multiply(left_smem.at[slot, rows], right_smem.at[slot])
+                        if wave == tiling.waves - 1:
+                            plgpu.barrier_arrive(free.at[slot])
+                        sums[wave] = hopper.promote(sums[wave], value, [by_row * scale for scale in scales])
+                    return step + 1, following, tuple(sums)
+
+                nothing = tuple(hopper.zeros(tiling.n) for _ in range(tiling.waves))
+                _, _, sums = lax.fori_loop(0, steps, one, (step, block_scales(0), nothing))
+                for wave, value in enumerate(sums):
+                    value = plgpu.layout_cast(value, plgpu.Layout.WGMMA)
+                    at = first + wave * WARPGROUP_ROWS
+                    bf16.store(value, out, out_smem.at[warpgroup], at, low, high, column)
+
+            def nothing():  # The other warpgroup has the tensor cores to itself.
+                def skip(i, step):
+                    slot = lax.rem(step, jnp.int32(tiling.stages))
+                    plgpu.barrier_wait(full.at[slot])
+                    plgpu.barrier_arrive(free.at[slot])
+                    return step + 1
+
+                lax.fori_loop(0, steps, skip, step)
+
+            lax.cond((first < high) & (first + own_rows > low), product, nothing)
+            return step + steps
+
+        plgpu.wait_smem_to_gmem(0)
+
+    lax.cond(warpgroup == FETCHER, fetcher, multiplier)
+
+
+def drain(free, step, tiling):
+    """Waits until the neighbour has released every stage too: its arrivals must not find this block gone."""
+    if tiling.pair:
+
+        def one(i, step):
+            plgpu.barrier_wait(free.at[lax.rem(step, jnp.int32(tiling.stages))])
+            return step + 1
+
+        lax.fori_loop(0, tiling.stages, one, step)
+
+
+def wgrad(lhs, rhs, group_sizes, *, out_dtype):
+    """`out[g] = lhs[:, rows of g] @ rhs[:, rows of g].T`; zero for an empty group."""
+    from pallas_kernels.fp8_grouped_matmul import mosaic_gpu_wgrad
+
+    return mosaic_gpu_wgrad.wgrad(lhs, rhs, group_sizes, out_dtype=out_dtype)

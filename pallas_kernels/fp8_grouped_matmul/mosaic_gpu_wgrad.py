@@ -1,0 +1,190 @@
+"""FP8 weight gradients for Hopper: both operands scaled row by row, the rows of the batch contracted.
+
+The operands come transposed, `[features, rows]`, since FP8 tensor cores want the contraction innermost,
+and every group starts at a multiple of 128 rows, filled up with zeros: so a step never mixes groups and
+one scale serves a feature for a whole step. The rest is built like the forward product.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.fp8_grouped_matmul.mosaic_gpu import SCALED, STEP, Tiling, drain
+from pallas_kernels.fp8_grouped_matmul import hopper
+from pallas_kernels.grouped_matmul import mosaic_gpu as bf16
+from pallas_kernels.grouped_matmul import schedule
+from pallas_kernels.grouped_matmul.hopper import ROW_BYTES, WARPGROUP_ROWS, swizzled
+from pallas_kernels.grouped_matmul.mosaic_gpu import FETCH_REGISTERS, FETCHER, MULTIPLY_REGISTERS
+
+
+def wgrad(lhs, rhs, group_sizes, *, out_dtype, tiling: Tiling | None = None):
+    """`out[g] = lhs[:, rows of g] @ rhs[:, rows of g].T`; zero for an empty group.
+
+    Args:
+      lhs, rhs: `[m, rows]` and `[n, rows]` with scales `[rows / 128, m]` and `[rows / 128, n]`; each
+        group starts at a multiple of 128 rows, and what follows its last row is zero.
+      group_sizes: rows of each group, without the filling.
+    """
+    blocks = -(-group_sizes // SCALED)
+    table = schedule.groups_by_size(blocks)  # First step, and step after the last.
+    return _product(table, lhs, rhs, jnp.dtype(out_dtype), tiling or Tiling())
+
+
+def dense(lhs, rhs, *, out_dtype, tiling: Tiling | None = None):
+    """`lhs @ rhs.T`, both operands scaled row by row."""
+    depth = lhs.values.shape[1]
+    pad = [(0, 0), (0, -depth % SCALED)]
+    if depth % SCALED:
+        lhs, rhs = (type(x)(jnp.pad(x.values, pad), x.scales) for x in (lhs, rhs))
+    table = jnp.asarray(np.array([[0, 0, -(-depth // SCALED), 0]], np.int32))
+    return _product(table, lhs, rhs, jnp.dtype(out_dtype), tiling or Tiling())[0]
+
+
+def _product(table, lhs, rhs, out_dtype, tiling: Tiling):
+    m, n = lhs.values.shape[0], rhs.values.shape[0]
+    lhs, rhs = _padded(lhs), _padded(rhs)
+    operand, result = swizzled(lhs[0].dtype), swizzled(out_dtype)
+    cluster = 2 if tiling.pair else 1
+    free = (
+        plgpu.ClusterBarrier(collective_axes=("pair",), num_arrivals=2, num_barriers=tiling.stages)
+        if tiling.pair
+        else plgpu.Barrier(num_arrivals=2, num_barriers=tiling.stages)
+    )
+    kernel = plgpu.kernel(
+        functools.partial(_kernel, tiling=tiling),
+        out_type=jax.ShapeDtypeStruct((table.shape[0], lhs[0].shape[0], rhs[0].shape[0]), out_dtype),
+        grid=(bf16.multiprocessors() // cluster,),
+        grid_names=("sm",),
+        cluster=(cluster,),
+        cluster_names=("pair",),
+        num_threads=3,
+        thread_name="wg",
+        scratch_types=dict(
+            left_smem=plgpu.SMEM((tiling.stages, tiling.rows, STEP), lhs[0].dtype, transforms=operand),
+            right_smem=plgpu.SMEM((tiling.stages, tiling.n, STEP), rhs[0].dtype, transforms=operand),
+            left_scale_smem=plgpu.SMEM((tiling.stages, tiling.rows), jnp.float32),
+            right_scale_smem=plgpu.SMEM((tiling.stages, tiling.n), jnp.float32),
+            out_smem=plgpu.SMEM(
+                (2, tiling.buffers, WARPGROUP_ROWS, ROW_BYTES // out_dtype.itemsize),
+                out_dtype,
+                transforms=result,
+            ),
+            full=plgpu.Barrier(num_arrivals=4, num_barriers=tiling.stages),
+            free=free,
+        ),
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        kernel_name="fp8_matmul_wgrad",
+    )
+    out = kernel(table, *lhs, *rhs)
+    return out if out.shape[1:] == (m, n) else out[:, :m, :n]
+
+
+def _padded(operand):
+    """The features padded to what the copy engine stores."""
+    missing = -operand.values.shape[0] % 64
+    if not missing:
+        return operand.values, operand.scales
+    return jnp.pad(operand.values, ((0, missing), (0, 0))), jnp.pad(operand.scales, ((0, 0), (0, missing)))
+
+
+def _kernel(
+    table, lhs, lhs_scales, rhs, rhs_scales, out, *,
+    left_smem, right_smem, left_scale_smem, right_scale_smem, out_smem, full, free, tiling,
+):  # fmt: skip
+    groups, out_rows, columns = out.shape
+    width = tiling.n * (2 if tiling.pair else 1)
+    grid = pl.cdiv(out_rows, tiling.rows), pl.cdiv(columns, width)
+    warpgroup = lax.axis_index("wg")
+
+    def each_tile(body):
+        """Runs `body(step, group, first, row, column, steps)`; `step` counts stages, and is returned."""
+
+        @plgpu.nd_loop((groups, grid[0] * grid[1]), collective_axes="sm", init_carry=jnp.int32(0))
+        def last(info, carry):
+            place, tile = info.index
+            row_tile, column_tile = plgpu.planar_snake(tile, grid, 0, tiling.band)
+            group, first, end = (table[place, i] for i in range(3))
+            column = column_tile * width + lax.axis_index("pair") * tiling.n
+            return body(carry, group, first, row_tile * tiling.rows, column, end - first)
+
+        return last
+
+    def fetcher():
+        plgpu.set_max_registers(FETCH_REGISTERS, action="decrease")
+
+        @each_tile
+        def last(step, group, first, row, column, steps):
+            del group
+
+            def fetch(i, step):
+                slot = lax.rem(step, jnp.int32(tiling.stages))
+                plgpu.barrier_wait(free.at[slot])
+                at, down, across = first + i, pl.ds(row, tiling.rows), pl.ds(column, tiling.n)
+                along = pl.ds(at * STEP, STEP)
+                together = dict(collective_axes="pair") if tiling.pair else {}
+                ready = full.at[slot]
+                plgpu.copy_gmem_to_smem(lhs.at[down, along], left_smem.at[slot], ready, **together)
+                plgpu.copy_gmem_to_smem(rhs.at[across, along], right_smem.at[slot], ready)
+                plgpu.copy_gmem_to_smem(lhs_scales.at[at, down], left_scale_smem.at[slot], ready)
+                plgpu.copy_gmem_to_smem(rhs_scales.at[at, across], right_scale_smem.at[slot], ready)
+                return step + 1
+
+            return lax.fori_loop(0, steps, fetch, step)
+
+        drain(free, last, tiling)
+
+    def multiplier():
+        plgpu.set_max_registers(MULTIPLY_REGISTERS, action="increase")
+        bf16.release_all(free, tiling.stages)
+        own_rows = tiling.waves * WARPGROUP_ROWS
+
+        @each_tile
+        def _(step, group, first, row, column, steps):
+            del first
+
+            def one(i, carry):
+                step, sums = carry
+                slot = lax.rem(step, jnp.int32(tiling.stages))
+                plgpu.barrier_wait(full.at[slot])
+                sums = list(sums)
+                for wave in range(tiling.waves):
+                    rows = pl.ds(warpgroup * own_rows + wave * WARPGROUP_ROWS, WARPGROUP_ROWS)
+                    by_row = plgpu.load(left_scale_smem.at[slot, rows], layout=hopper.PER_ROW)
+                    value = hopper.multiply(left_smem.at[slot, rows], right_smem.at[slot])
+                    # After the product: before it, they take the registers that two waves lack.
+                    by_column = plgpu.load(right_scale_smem.at[slot], layout=hopper.PER_COLUMN)
+                    if wave == tiling.waves - 1:
+                        plgpu.barrier_arrive(free.at[slot])
+                    sums[wave] = hopper.promote(sums[wave], value, [by_row], by_column)
+                return step + 1, tuple(sums)
+
+            nothing = tuple(hopper.zeros(tiling.n) for _ in range(tiling.waves))
+            step, sums = lax.fori_loop(0, steps, one, (step, nothing))
+            for wave, value in enumerate(sums):
+                value = plgpu.layout_cast(value, plgpu.Layout.WGMMA)
+                at = row + warpgroup * own_rows + wave * WARPGROUP_ROWS
+                _store(value, out.at[group], out_smem.at[warpgroup], at, column)
+            return step
+
+        plgpu.wait_smem_to_gmem(0)
+
+    lax.cond(warpgroup == FETCHER, fetcher, multiplier)
+
+
+def _store(value, out, out_smem, row, column):
+    buffers, _, width = out_smem.shape
+    for i in range(value.shape[1] // width):
+        block = out_smem.at[i % buffers]
+        plgpu.wait_smem_to_gmem(buffers - 1, wait_read_only=True)
+        block[...] = value[:, i * width : (i + 1) * width].astype(out.dtype)
+        plgpu.commit_smem()
+        at = column + i * width
+        target = out.at[pl.ds(row, WARPGROUP_ROWS), pl.ds(at, width)]
+        # A whole block past the last row or column must not reach the next group.
+        inside = (at < out.shape[1]) & (row < out.shape[0])
+        plgpu.copy_smem_to_gmem(block, target, predicate=inside)

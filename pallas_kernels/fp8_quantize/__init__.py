@@ -1,0 +1,167 @@
+"""Quantisation to FP8 with a scale for every 1x128 tile or 128x128 block (DeepSeek-V3, arXiv 2412.19437, 3.3).
+
+A tile is divided by its scale, which maps its largest magnitude to the largest finite number of the
+dtype (448 for E4M3), and rounded to nearest even. Scales are float32: exact (`amax / 448`), or rounded
+up to a power of two, which loses nothing when the tile is later regrouped.
+
+At the edges: a tile of zeros comes back as zeros; its scale, like any, is at least 2^-126. Float32
+subnormals may count as zero. A tile that holds an infinity or a NaN dequantises to NaN throughout, so
+that a diverging run shows.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, UInt8
+
+from pallas_kernels import implementations
+from pallas_kernels.fp8_quantize import e5m6, mosaic_gpu, reference
+from pallas_kernels.fp8_quantize.reference import TILE, padded_rows
+
+__all__ = [
+    "TILE",
+    "Quantized",
+    "dequantize",
+    "pack_e5m6",
+    "padded_rows",
+    "quantize_blocks",
+    "quantize_columns",
+    "quantize_rows",
+    "unpack_e5m6",
+]
+
+_MODULES = {"reference": reference, "mosaic_gpu": mosaic_gpu}
+_PREFERENCE = {"cpu": ("reference",), "gpu": ("mosaic_gpu", "reference"), "tpu": ("reference",)}
+DTYPES = (jnp.float8_e4m3fn, jnp.float8_e5m2)
+
+
+class Quantized(NamedTuple):
+    """FP8 numbers and the float32 scales that they are multiplied by.
+
+    Attributes:
+      values: `[rows, k]`, or a stack `[..., rows, k]`.
+      scales: `[ceil(k/128), rows]` when every row has a scale for each 128 columns (rows innermost, as
+        the matrix kernels fetch them), or `[..., ceil(rows/128), ceil(k/128)]`, one a 128x128 block.
+    """
+
+    values: Array
+    scales: Array
+
+
+def _check(op: str, x, dtype):
+    if jnp.dtype(dtype) not in [jnp.dtype(known) for known in DTYPES]:
+        raise ValueError(f"{op}: dtype={jnp.dtype(dtype)}, expected float8_e4m3fn or float8_e5m2")
+    if x.ndim != 2:
+        raise ValueError(f"{op}: an operand of shape {x.shape}, expected [rows, columns]")
+
+
+def _choose(op: str, requested: str, constraint):
+    constraints = {"reference": lambda: None, "mosaic_gpu": constraint}
+    return _MODULES[implementations.choose(op, requested, constraints, _PREFERENCE)]
+
+
+def quantize_rows(
+    x: Float[Array, "rows k"],
+    *,
+    power_of_two: bool = False,
+    dtype: jax.typing.DTypeLike = jnp.float8_e4m3fn,
+    swiglu: bool = False,
+    implementation: str = "auto",
+) -> Quantized:
+    """Quantises 1x128 tiles: activations and output gradients, as forward and dgrad products take them.
+
+    Args:
+      x: float32 or bfloat16.
+      power_of_two: round the scales up to powers of two.
+      dtype: `float8_e4m3fn` or `float8_e5m2`.
+      swiglu: `x` is `[gate, up]` side by side, and `silu(gate) * up` is quantised, `[rows, k / 2]`. It is
+        computed in float32 and not rounded in between.
+      implementation: `"auto"`, `"mosaic_gpu"` (Hopper; rows and k multiples of 8 and 128) or `"reference"`.
+
+    Returns:
+      Values `[rows, k]` and scales `[ceil(k/128), rows]`.
+    """
+    _check("quantize_rows", x, dtype)
+    if swiglu and x.shape[1] % 2:
+        raise ValueError(
+            f"quantize_rows: swiglu needs gate and up side by side; {x.shape[1]} columns are odd"
+        )
+    module = _choose(
+        "quantize_rows", implementation, functools.partial(mosaic_gpu.unsupported_rows, x, swiglu)
+    )
+    return Quantized(*module.rows(x, power_of_two=power_of_two, dtype=jnp.dtype(dtype), swiglu=swiglu))
+
+
+def quantize_columns(
+    x: Float[Array, "rows k"] | Quantized,
+    group_sizes: Int[Array, " groups"] | None = None,
+    *,
+    power_of_two: bool = False,
+    dtype: jax.typing.DTypeLike = jnp.float8_e4m3fn,
+    implementation: str = "auto",
+) -> Quantized:
+    """Transposes and quantises 128x1 tiles: what weight gradients take, whose contraction is the rows.
+
+    Of a `Quantized` operand with row scales it is the fused transpose-and-requantise of the saved
+    activations.
+
+    Args:
+      x: float32 or bfloat16, or quantised with row scales.
+      group_sizes: rows of each group, for grouped weight gradients; every group then starts at a
+        multiple of 128 rows of the result and is filled up with zeros.
+      power_of_two, dtype, implementation: as for `quantize_rows`.
+
+    Returns:
+      Values `[k, padded]` and scales `[padded / 128, k]`, where `padded` is `padded_rows(rows, groups)`.
+    """
+    values = x.values if isinstance(x, Quantized) else x
+    _check("quantize_columns", values, dtype)
+    if isinstance(x, Quantized) and x.scales.shape != (-(-values.shape[1] // TILE), values.shape[0]):
+        raise ValueError(
+            f"quantize_columns: scales {x.scales.shape} of values {values.shape}, expected one for each row"
+            f" and 128 columns, {(-(-values.shape[1] // TILE), values.shape[0])}"
+        )
+    module = _choose(
+        "quantize_columns", implementation, functools.partial(mosaic_gpu.unsupported_columns, values)
+    )
+    values, scales = module.columns(x, group_sizes, power_of_two=power_of_two, dtype=jnp.dtype(dtype))
+    return Quantized(values, scales)
+
+
+def quantize_blocks(
+    w: Float[Array, "*stack rows k"],
+    *,
+    power_of_two: bool = False,
+    dtype: jax.typing.DTypeLike = jnp.float8_e4m3fn,
+) -> Quantized:
+    """Quantises 128x128 blocks: weights. Scales `[..., ceil(rows/128), ceil(k/128)]`.
+
+    A block keeps its scale when it is transposed: `quantize_blocks(w)` transposed equals that of `w.T`.
+    """
+    _check("quantize_blocks", jnp.empty((0, 0)) if w.ndim >= 2 else w, dtype)
+    return Quantized(*reference.blocks(w, power_of_two=power_of_two, dtype=jnp.dtype(dtype)))
+
+
+def dequantize(x: Quantized, dtype: jax.typing.DTypeLike = jnp.float32) -> Float[Array, "*stack rows k"]:
+    """Values times scales, whichever of the two ways they are scaled."""
+    return reference.dequantize(x.values, x.scales).astype(dtype)
+
+
+def pack_e5m6(x: Float[Array, "*stack k"]) -> UInt8[Array, "*stack k*3/2"]:
+    """Rounds to 12 bits (5 of exponent, 6 of mantissa) and packs two numbers in three bytes.
+
+    How DeepSeek-V3 saves the attention output for the backward pass. Numbers up to 65,024 in magnitude;
+    beyond they become infinite. `k` must be even.
+    """
+    if x.shape[-1] % 2:
+        raise ValueError(f"pack_e5m6: {x.shape[-1]} columns, expected an even number")
+    return e5m6.pack(x)
+
+
+def unpack_e5m6(
+    packed: UInt8[Array, "*stack bytes"], dtype: jax.typing.DTypeLike = jnp.bfloat16
+) -> Float[Array, "*stack k"]:
+    """The numbers that `pack_e5m6` packed; exact in float16, bfloat16 (but for subnormals' range none is lost) and float32."""
+    return e5m6.unpack(packed).astype(dtype)
