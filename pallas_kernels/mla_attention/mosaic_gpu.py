@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import implementations
-from pallas_kernels.mla_attention import chunked
 
 MINIMUM_JAX = (0, 11, 2)
 _MULTIPROCESSORS = 132  # of an H100 or H200, for compilation away from the card
@@ -150,7 +149,32 @@ def _forward(q, k, v, k_rope, q_segments, kv_segments, scale, causal, config):
 
 def _backward(scale, causal, config, saved, cotangents):
     del config
-    return chunked._backward(scale, causal, chunked.BLOCK, saved, cotangents)
+    from pallas_kernels.mla_attention import mosaic_gpu_backward as kernel
+
+    q, k, v, k_rope, q_segments, kv_segments, out, lse = saved
+    d_out, d_lse = cotangents
+    batch, q_len, heads, d_qk = q.shape
+    kv_len, kv_heads, d_k = k.shape[1:]
+    # d logits = p * (d p - delta), and the log-sum-exp's own gradient adds p * d_lse.
+    delta = jnp.einsum("bshd,bshd->bhs", out, d_out, preferred_element_type=jnp.float32) - d_lse
+    missing = ((0, 0), (0, 0), (0, -q_len % kernel.TILE))
+    shift = jnp.pad(jnp.where(lse == -jnp.inf, -jnp.inf, lse * (-1 / scale)), missing, constant_values=-jnp.inf)
+    call = kernel.Call(batch, heads, kv_heads, q_len, kv_len, causal, scale, d_k, d_qk, v.shape[-1])
+    operands = [
+        *(_pad_rows(array, 8) for array in (q, k, v, k_rope, d_out)), shift, jnp.pad(-delta, missing),
+        *(_pad_rows(ids, kernel.TILE) for ids in (q_segments, kv_segments)),
+    ]  # fmt: skip
+    by_query = by_key = None
+    if q_segments is not None:
+        visible = functools.partial(
+            visible_blocks, q_segments, kv_segments, q_len=q_len, kv_len=kv_len, q_block=kernel.TILE, causal=causal
+        )
+        by_query = ranges(*visible(kv_block=kernel.BLOCK))
+        by_key = ranges(*(pairs.swapaxes(1, 2) for pairs in visible(kv_block=kernel.TILE)))
+    dq = kernel.queries(*operands, by_query, call=call)[:, :q_len]
+    dk, dv, *d_rope = (x[:, :kv_len] for x in kernel.keys_values(*operands, by_key, call=call))
+    shared = d_rope[0].sum(2, dtype=jnp.float32).astype(k_rope.dtype) if d_rope else None
+    return dq, dk, dv, shared, None, None
 
 
 _attention.defvjp(_forward, _backward)

@@ -8,7 +8,7 @@ from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, vector
+from jaxlib.mlir.dialects import arith, llvm, vector
 
 SHARED_MEMORY = 232_448  # bytes a Hopper block may use
 LOG2E = math.log2(math.e)
@@ -65,6 +65,22 @@ def arrive(barriers, index, threads):
 def sync(barriers, index, threads):
     """Waits on hardware barrier `barriers[index]` until `threads` threads, the caller's too, have come to it."""
     _hardware_barrier("sync", barriers, index, threads)
+
+
+def runtime_zero():
+    """0, as a number that the compiler does not know.
+
+    Added to an index in every round of a loop, it keeps what depends on the index from being computed ahead of
+    the loop: operand descriptors, two registers for each 16 columns, are better recomputed than spilled.
+    """
+
+    @plgpu.inline_mgpu(return_type=plgpu.ShapeDtypeStruct((), jnp.int32, plgpu.Layout.WG_SPLAT(())))
+    def second_grid_index(_):
+        i32 = ir.IntegerType.get_signless(32)
+        zero = llvm.inline_asm(i32, [], "mov.u32 $0, %ctaid.y;", "=r", has_side_effects=True)
+        return mgpu.FragmentedArray.splat(zero, (), mgpu.WGSplatFragLayout(()), is_signed=True)
+
+    return second_grid_index()
 
 
 def row_numbers(rows):
