@@ -2,7 +2,7 @@
 
     python train.py --config=configs/tiny.py --workdir=runs/tiny
 
-3.4M parameters, 2 CPU cores: under 3 minutes. The validation loss ends clearly below that of a bigram
+2.3M parameters, 2 CPU cores: under 3 minutes. The validation loss ends clearly below that of a bigram
 model of the same text, which the run prints beside it.
 """
 
@@ -14,8 +14,8 @@ def get_config():
         model=dict(
             vocab_size=264,  # 256 bytes and 5 special tokens, rounded up to a multiple of 8.
             d_model=128,
-            n_layers=4,
-            d_ff=384,
+            n_layers=3,
+            d_ff=256,
             max_seq_len=1024,
             init_std=0.05,
             attention=dict(
@@ -38,7 +38,7 @@ def get_config():
                 n_groups=4,
                 topk_groups=2,
                 routed_scale=2.0,
-                bias_speed=0.005,
+                bias_speed=0.002,
                 sequence_loss=1e-4,
             ),
             mtp=dict(depth=1),
@@ -46,7 +46,7 @@ def get_config():
         data=dict(source="python_stdlib", tokenizer="byte", fim_rate=0.0),
         optimizer=dict(peak_lr=4e-3, schedule="cosine", warmup_steps=50),
         train=dict(
-            steps=600,
+            steps=400,
             seq_len=256,
             batch_size=8,
             precision="fp32",
