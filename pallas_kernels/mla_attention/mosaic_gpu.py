@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from pallas_kernels import implementations
 
 MINIMUM_JAX = (0, 11, 2)
+WORKSPACE = 2 << 30
 _MULTIPROCESSORS = 132  # of an H100 or H200, for compilation away from the card
 
 
@@ -28,8 +29,9 @@ def unsupported(q, k, v, k_rope, q_segments, kv_segments, *, causal) -> str | No
     if 0 in q.shape or 0 in k.shape:
         return "an empty axis; use 'chunked'"
     d_qk, d_v = q.shape[-1], v.shape[-1]
-    if d_qk % 64 or d_v % 64 or not 64 <= d_v <= d_qk <= 192:
-        return f"widths {d_qk} and {d_v}; it takes multiples of 64 up to 192, d_v at most d_qk; use 'chunked'"
+    if d_qk % 64 or d_v % 64 or not (64 <= d_v <= 128 and d_v <= d_qk <= 192):
+        taken = "multiples of 64, at most 192 for queries and keys and 128 for values, these not the wider"
+        return f"widths {d_qk} and {d_v}; it takes {taken}; use 'chunked'"
     return None
 
 
@@ -102,22 +104,29 @@ def _pad_rows(array, multiple):
     return jnp.pad(array, [(0, 0), (0, -array.shape[1] % multiple)] + [(0, 0)] * (array.ndim - 2))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
-def _attention(q, k, v, k_rope, q_segments, kv_segments, scale, causal, config):
-    return _forward(q, k, v, k_rope, q_segments, kv_segments, scale, causal, config)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8, 9))
+def _attention(q, k, v, k_rope, q_segments, kv_segments, *static):
+    return _forward(q, k, v, k_rope, q_segments, kv_segments, *static)[0]
 
 
-def attention(q, k, v, k_rope, q_segments, kv_segments, *, scale, causal, config=None):
-    """Returns the output `[batch, q_len, heads, d_v]` and the log-sum-exp `[batch, heads, q_len]`."""
+def attention(
+    q, k, v, k_rope, q_segments, kv_segments, *, scale, causal, config=None, workspace=WORKSPACE
+):
+    """Returns the output `[batch, q_len, heads, d_v]` and the log-sum-exp `[batch, heads, q_len]`.
+
+    `config` gives the tiles of the forward kernel; `workspace` the bytes that the backward pass may take for dS
+    of some heads at a time (less than one head needs: dS is recomputed).
+    """
     if scale <= 0:  # The kernels fold a positive scale into the exponent.
         q, scale = (-q, -scale) if scale < 0 else (jnp.zeros_like(q), 1.0)
     if k_rope is not None and (k.shape[-1] % 64 or k_rope.shape[-1] % 64):
         shared = jnp.broadcast_to(k_rope[:, :, None], (*k.shape[:3], k_rope.shape[-1]))
         k, k_rope = jnp.concatenate([k, shared], -1), None
-    return _attention(q, k, v, k_rope, q_segments, kv_segments, scale, causal, config)
+    return _attention(q, k, v, k_rope, q_segments, kv_segments, scale, causal, config, workspace)
 
 
-def _forward(q, k, v, k_rope, q_segments, kv_segments, scale, causal, config):
+def _forward(q, k, v, k_rope, q_segments, kv_segments, scale, causal, config, workspace):
+    del workspace
     from pallas_kernels.mla_attention import mosaic_gpu_forward as kernel
 
     batch, q_len, heads, d_qk = q.shape
@@ -147,9 +156,10 @@ def _forward(q, k, v, k_rope, q_segments, kv_segments, scale, causal, config):
     return (out, lse), (q, k, v, k_rope, q_segments, kv_segments, out, lse)
 
 
-def _backward(scale, causal, config, saved, cotangents):
+def _backward(scale, causal, config, workspace, saved, cotangents):
     del config
     from pallas_kernels.mla_attention import mosaic_gpu_backward as kernel
+    from pallas_kernels.mla_attention import mosaic_gpu_queries
 
     q, k, v, k_rope, q_segments, kv_segments, out, lse = saved
     d_out, d_lse = cotangents
@@ -159,21 +169,39 @@ def _backward(scale, causal, config, saved, cotangents):
     delta = jnp.einsum("bshd,bshd->bhs", out, d_out, preferred_element_type=jnp.float32) - d_lse
     missing = ((0, 0), (0, 0), (0, -q_len % kernel.TILE))
     shift = jnp.pad(jnp.where(lse == -jnp.inf, -jnp.inf, lse * (-1 / scale)), missing, constant_values=-jnp.inf)
-    call = kernel.Call(batch, heads, kv_heads, q_len, kv_len, causal, scale, d_k, d_qk, v.shape[-1])
-    operands = [
-        *(_pad_rows(array, 8) for array in (q, k, v, k_rope, d_out)), shift, jnp.pad(-delta, missing),
-        *(_pad_rows(ids, kernel.TILE) for ids in (q_segments, kv_segments)),
-    ]  # fmt: skip
+    padded = [_pad_rows(array, 8) for array in (q, k, v, k_rope, d_out)]
+    operands = [*padded, shift, jnp.pad(-delta, missing)]
+    operands += [_pad_rows(ids, kernel.TILE) for ids in (q_segments, kv_segments)]
     by_query = by_key = None
     if q_segments is not None:
         visible = functools.partial(
             visible_blocks, q_segments, kv_segments, q_len=q_len, kv_len=kv_len, q_block=kernel.TILE, causal=causal
         )
         by_query = ranges(*visible(kv_block=kernel.BLOCK))
-        by_key = ranges(*(pairs.swapaxes(1, 2) for pairs in visible(kv_block=kernel.TILE)))
-    dq = kernel.queries(*operands, by_query, call=call)[:, :q_len]
-    dk, dv, *d_rope = (x[:, :kv_len] for x in kernel.keys_values(*operands, by_key, call=call))
-    shared = d_rope[0].sum(2, dtype=jnp.float32).astype(k_rope.dtype) if d_rope else None
+        some, whole = visible(kv_block=kernel.TILE)
+        # What lies between a query tile's first and last key block counts as visible: dS is read there.
+        some = (jnp.cumsum(some, -1) > 0) & (jnp.cumsum(some[..., ::-1], -1)[..., ::-1] > 0)
+        by_key = ranges(some.swapaxes(1, 2), whole.swapaxes(1, 2))
+
+    scores_of_a_head = 2 * batch * heads // kv_heads * (q_len + kernel.TILE) * (kv_len + kernel.TILE)
+    with_scores = scores_of_a_head <= workspace
+    count = min(kv_heads, workspace // scores_of_a_head) if with_scores else kv_heads
+    count = next(n for n in range(count, 0, -1) if kv_heads % n == 0)
+    parts = []
+    for first in range(0, kv_heads, count):
+        call = kernel.Call(
+            batch, heads, kv_heads, q_len, kv_len, causal, scale, d_k, d_qk, v.shape[-1], (first, count)
+        )
+        dk, dv, d_rope, scores = kernel.keys_values(*operands, by_key, call=call, with_scores=with_scores)
+        if with_scores:
+            dq = mosaic_gpu_queries.from_scores(scores, padded[1], padded[3], by_query, call=call)
+        else:
+            dq = mosaic_gpu_queries.recomputed(*operands, by_query, call=call)
+        parts.append((dq[:, :q_len], dk[:, :kv_len], dv[:, :kv_len], d_rope))
+    dq, dk, dv = (jnp.concatenate([part[i] for part in parts], 2) for i in range(3))
+    shared = None
+    if k_rope is not None:
+        shared = sum(part[3][:, :kv_len].sum(2, dtype=jnp.float32) for part in parts).astype(k_rope.dtype)
     return dq, dk, dv, shared, None, None
 
 

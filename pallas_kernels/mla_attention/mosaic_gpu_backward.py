@@ -1,13 +1,14 @@
-"""Backward attention for Hopper in Pallas Mosaic GPU: a kernel for dK and dV, and one for dQ.
+"""Backward attention for Hopper in Pallas Mosaic GPU: the kernel for dK and dV, and what it shares with dQ's.
 
 With P = exp(scale S - lse) recomputed, dP = dO V^T and dS = P (dP - delta), delta the row sums of dO O
 (FlashAttention-2, Dao 2023, algorithm 2):
 
-- `keys_values`: a block of 64 keys a warpgroup stays, blocks of queries pass. Everything is transposed, so that
-  P^T and dS^T are left operands in registers: `dV += P^T dO`, `dK += dS^T Q`.
-- `queries`: 64 query rows a warpgroup stay, blocks of keys pass: `dQ += dS K`.
+- `keys_values`: 128 keys stay, blocks of queries pass. Everything is transposed, so that P^T and dS^T are left
+  operands in registers: `dV += P^T dO`, `dK += dS^T Q`. It can write dS^T out.
+- `mosaic_gpu_queries`: 128 or 256 queries stay, blocks of keys pass: `dQ += dS K`, with dS read back, or
+  recomputed where it would take too much memory.
 
-Both accumulate in registers in a fixed order, so results repeat bit for bit. dS is rounded to bf16, and so is
+All accumulate in registers in a fixed order, so results repeat bit for bit. dS is rounded to bf16, and so is
 P; `keys_values` computes dS from the rounded P, for want of registers.
 """
 
@@ -39,8 +40,8 @@ ROWS = 64  # of a compute warpgroup
 TILE = WARPGROUPS * ROWS  # rows that stay
 BLOCK = 64  # rows of a block that passes
 
-_FIRST_FREE, _SECOND_FREE = range(4, 8), range(8, 12)
-_WITH_LOADER = WARPGROUPS * 128 + 32
+FIRST_FREE, SECOND_FREE = range(4, 8), range(8, 12)
+WITH_LOADER = WARPGROUPS * 128 + 32
 _NEVER = 1 << 30
 
 
@@ -57,12 +58,17 @@ class Call(typing.NamedTuple):
     d_k: int  # width of the keys that each head has to itself
     d_qk: int
     d_v: int
+    kv_head_range: tuple[int, int]  # the first key head to work on, and how many
     stages: int = 3
     l2_bytes: int = 24 * 2**20
 
     @property
     def offset(self) -> int:
         return self.kv_len - self.q_len
+
+    @property
+    def group(self) -> int:
+        return self.heads // self.kv_heads
 
     def tile(self, index, heads, tiles, length, ascending):
         """Batch row, head and tile of a program: the longest first within groups of heads that fit in L2."""
@@ -99,7 +105,7 @@ class Call(typing.NamedTuple):
         return jnp.int32(0), 0, lax.clamp(0, lax.div(seen, BLOCK), min(whole, count)), last
 
 
-def _kernel(body, call, name, tiles, out_type, scratch):
+def launch(body, name, tiles, out_type, scratch):
     return plgpu.kernel(
         body,
         out_type=out_type,
@@ -115,7 +121,7 @@ def _kernel(body, call, name, tiles, out_type, scratch):
     )
 
 
-def _roles(compute, load):
+def roles(compute, load):
     wg = lax.axis_index("wg")
 
     @pl.when(wg < WARPGROUPS)
@@ -129,15 +135,8 @@ def _roles(compute, load):
         load()
 
 
-def _product(acc, a, b, extra=None):
-    """acc += a b, or [a | extra a] [b | extra b] with the contraction split over two pairs of operands."""
-    plgpu.wgmma(acc, a, b)
-    if extra is not None:
-        plgpu.wgmma(acc, *extra)
-
-
-def keys_values(q, k, v, k_rope, d_out, shift, delta, q_segments, kv_segments, ranges, *, call):
-    """dK and dV.
+def keys_values(q, k, v, k_rope, d_out, shift, delta, q_segments, kv_segments, ranges, *, call, with_scores):
+    """dK and dV of a range of heads.
 
     Args:
       q, k, v, k_rope, d_out: bf16, rows padded to a multiple of 8, as for the forward kernel.
@@ -146,19 +145,23 @@ def keys_values(q, k, v, k_rope, d_out, shift, delta, q_segments, kv_segments, r
       q_segments, kv_segments: int32, padded to whole tiles, or None.
       ranges: int32 `[batch, kv tiles, 4]`, in tiles of 128 queries, or None without segments.
       call: what is static.
+      with_scores: whether to write dS^T.
 
     Returns:
-      dk `[batch, kv_len, kv_heads, d_k]`, dv, and, with k_rope, each head's share of d k_rope; bf16.
+      In bf16: dk `[batch, kv_len, key heads, d_k]`, dv, each head's share of d k_rope or None, and dS^T
+      `[batch * heads, keys of whole tiles, queries of whole tiles]` or None. dS^T is written only in the tiles
+      visited, those in `ranges`.
     """
-    tiles = -(-call.kv_len // TILE)
-    group = call.heads // call.kv_heads
+    tiles, q_tiles = -(-call.kv_len // TILE), -(-call.q_len // TILE)
+    kv_heads, group = call.kv_head_range[1], call.group
     d_rope = call.d_qk - call.d_k
 
     def kernel(*refs):
         q_g, k_g, v_g, rope_g, do_g, shift_g, delta_g, q_seg_g, kv_seg_g, ranges_g = refs[:10]
-        outs, refs = refs[10 : 12 + bool(d_rope)], refs[12 + bool(d_rope) :]
-        k_s, rope_s, v_s, q_s, do_s, shift_s, delta_s, kv_full, q_full, do_full = refs
-        row, kv_head, tile = call.tile(lax.axis_index("program"), call.kv_heads, tiles, call.q_len, True)
+        dk_g, dv_g, d_rope_g, ds_g = refs[10:14]
+        k_s, rope_s, v_s, q_s, do_s, shift_s, delta_s, ds_s, kv_full, q_full, do_full = refs[14:]
+        row, local, tile = call.tile(lax.axis_index("program"), kv_heads, tiles, call.q_len, True)
+        kv_head = call.kv_head_range[0] + local
         first, whole_first, whole_last, last = call.query_blocks(ranges_g, row, tile)
 
         def load():
@@ -177,17 +180,17 @@ def keys_values(q, k, v, k_rope, d_out, shift, delta, q_segments, kv_segments, r
                         head = kv_head * group + lax.div(use, last - first)
                         rows = pl.ds((first + lax.rem(use, last - first)) * BLOCK, BLOCK)
                         slot = lax.rem(use, call.stages)
-                        sync(_FIRST_FREE[: call.stages], slot, _WITH_LOADER)
+                        sync(FIRST_FREE[: call.stages], slot, WITH_LOADER)
                         plgpu.copy_gmem_to_smem(q_g.at[row, rows, head], q_s.at[slot], q_full.at[slot])
                         plgpu.copy_gmem_to_smem(shift_g.at[row, head, rows], shift_s.at[slot], q_full.at[slot])
-                        sync(_SECOND_FREE[: call.stages], slot, _WITH_LOADER)
+                        sync(SECOND_FREE[: call.stages], slot, WITH_LOADER)
                         plgpu.copy_gmem_to_smem(do_g.at[row, rows, head], do_s.at[slot], do_full.at[slot])
                         plgpu.copy_gmem_to_smem(delta_g.at[row, head, rows], delta_s.at[slot], do_full.at[slot])
 
         def compute(wg):
             for slot in range(call.stages):
-                arrive(_FIRST_FREE, slot, _WITH_LOADER)
-                arrive(_SECOND_FREE, slot, _WITH_LOADER)
+                arrive(FIRST_FREE, slot, WITH_LOADER)
+                arrive(SECOND_FREE, slot, WITH_LOADER)
             mine = pl.ds(wg * ROWS, ROWS)
             base = tile * TILE + wg * ROWS
             if kv_seg_g is not None:
@@ -238,10 +241,17 @@ def keys_values(q, k, v, k_rope, d_out, shift, delta, q_segments, kv_segments, r
                         return (weights.astype(jnp.float32) * dp).astype(jnp.bfloat16)
 
                     plgpu.wgmma(dk, d_scores, q_s.at[slot])
+                    if ds_g is not None:
+                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                        ds_s[wg] = d_scores
+                        plgpu.commit_smem()
+                        pair = (row * kv_heads + local) * group + member
+                        columns = pl.ds(i * BLOCK, BLOCK)
+                        plgpu.copy_smem_to_gmem(ds_s.at[wg], ds_g.at[pair, pl.ds(base, ROWS), columns])
                     plgpu.wgmma_wait(1)
-                    arrive(_SECOND_FREE[: call.stages], slot, _WITH_LOADER)
+                    arrive(SECOND_FREE[: call.stages], slot, WITH_LOADER)
                     plgpu.wgmma_wait(0)
-                    arrive(_FIRST_FREE[: call.stages], slot, _WITH_LOADER)
+                    arrive(FIRST_FREE[: call.stages], slot, WITH_LOADER)
                     return first_row + zero
 
                 zero = runtime_zero()
@@ -266,16 +276,23 @@ def keys_values(q, k, v, k_rope, d_out, shift, delta, q_segments, kv_segments, r
             if d_rope:
                 rope_s[mine] = dk[:, call.d_k :].astype(jnp.bfloat16)
             plgpu.commit_smem()
-            for shared, out in zip((k_s, v_s, rope_s), outs, strict=False):
-                plgpu.copy_smem_to_gmem(shared.at[mine], out.at[row, pl.ds(base, ROWS), kv_head])
+            for shared, out in ((k_s, dk_g), (v_s, dv_g), (rope_s, d_rope_g)):
+                if out is not None:
+                    plgpu.copy_smem_to_gmem(shared.at[mine], out.at[row, pl.ds(base, ROWS), local])
             plgpu.wait_smem_to_gmem(0)
 
-        _roles(compute, load)
+        roles(compute, load)
 
-    rows = k.shape[1]
-    out_type = [jax.ShapeDtypeStruct((call.batch, rows, call.kv_heads, d), jnp.bfloat16) for d in (call.d_k, call.d_v)]
-    if d_rope:
-        out_type.append(jax.ShapeDtypeStruct((call.batch, rows, call.kv_heads, d_rope), jnp.bfloat16))
+    def result(width):
+        return jax.ShapeDtypeStruct((call.batch, k.shape[1], kv_heads, width), jnp.bfloat16)
+
+    scores = (call.batch * kv_heads * group, tiles * TILE, q_tiles * TILE)
+    out_type = [
+        result(call.d_k),
+        result(call.d_v),
+        result(d_rope) if d_rope else None,
+        jax.ShapeDtypeStruct(scores, jnp.bfloat16) if with_scores else None,
+    ]
     scratch = [
         tiled(TILE, call.d_k),
         tiled(TILE, d_rope) if d_rope else None,
@@ -284,136 +301,10 @@ def keys_values(q, k, v, k_rope, d_out, shift, delta, q_segments, kv_segments, r
         tiled(call.stages, BLOCK, call.d_v),
         plgpu.SMEM((call.stages, BLOCK), jnp.float32),
         plgpu.SMEM((call.stages, BLOCK), jnp.float32),
+        tiled(WARPGROUPS, ROWS, BLOCK) if with_scores else None,
         plgpu.Barrier(num_arrivals=3 if d_rope else 2),
         plgpu.Barrier(num_arrivals=2, num_barriers=call.stages),
         plgpu.Barrier(num_arrivals=2, num_barriers=call.stages),
     ]
-    run = _kernel(kernel, call, "mla_attention_keys_values", call.batch * call.kv_heads * tiles, out_type, scratch)
-    return run(q, k, v, k_rope, d_out, shift, delta, q_segments, kv_segments, ranges)
-
-
-def queries(q, k, v, k_rope, d_out, shift, delta, q_segments, kv_segments, ranges, *, call):
-    """dQ `[batch, q_len, heads, d_qk]` in bf16.
-
-    The arguments are those of `keys_values`, but `ranges` is `[batch, q tiles, 4]` in blocks of 64 keys.
-    """
-    tiles = -(-call.q_len // TILE)
-    d_rope = call.d_qk - call.d_k
-
-    def kernel(*refs):
-        q_g, k_g, v_g, rope_g, do_g, shift_g, delta_g, q_seg_g, kv_seg_g, ranges_g, dq_g = refs[:11]
-        q_s, do_s, k_s, rope_s, v_s, q_full, k_full, v_full = refs[11:]
-        row, head, tile = call.tile(lax.axis_index("program"), call.heads, tiles, call.kv_len, not call.causal)
-        first, whole_first, whole_last, last = call.key_blocks(ranges_g, row, tile)
-
-        def load():
-            kv_head = lax.div(head, call.heads // call.kv_heads)
-
-            @plgpu.warp_map
-            def _(warp):
-                @pl.when(warp == 0)
-                def _():
-                    rows = pl.ds(tile * TILE, TILE)
-                    plgpu.copy_gmem_to_smem(q_g.at[row, rows, head], q_s, q_full)
-                    plgpu.copy_gmem_to_smem(do_g.at[row, rows, head], do_s, q_full)
-
-                    @pl.loop(first, last)
-                    def _(j):
-                        slot, keys = lax.rem(j - first, call.stages), pl.ds(j * BLOCK, BLOCK)
-                        sync(_FIRST_FREE[: call.stages], slot, _WITH_LOADER)
-                        plgpu.copy_gmem_to_smem(k_g.at[row, keys, kv_head], k_s.at[slot], k_full.at[slot])
-                        if d_rope:
-                            plgpu.copy_gmem_to_smem(rope_g.at[row, keys], rope_s.at[slot], k_full.at[slot])
-                        sync(_SECOND_FREE[: call.stages], slot, _WITH_LOADER)
-                        plgpu.copy_gmem_to_smem(v_g.at[row, keys, kv_head], v_s.at[slot], v_full.at[slot])
-
-        def compute(wg):
-            for slot in range(call.stages):
-                arrive(_FIRST_FREE, slot, _WITH_LOADER)
-                arrive(_SECOND_FREE, slot, _WITH_LOADER)
-            mine = pl.ds(wg * ROWS, ROWS)
-            base = tile * TILE + wg * ROWS
-            rows = pl.ds(base, ROWS)
-            exponent_scale = call.scale * LOG2E
-            shift = plgpu.load(shift_g.at[row, head, rows], layout=PER_ROW, optimized=False) * exponent_scale
-            delta = plgpu.load(delta_g.at[row, head, rows], layout=PER_ROW, optimized=False)
-            if q_seg_g is not None:
-                theirs = plgpu.load(q_seg_g.at[row, rows], layout=PER_ROW, optimized=False)
-            plgpu.barrier_wait(q_full)
-
-            def masked(s, j):
-                limit = plgpu.layout_cast(jnp.full((ROWS,), call.kv_len - 1 - j * BLOCK, jnp.int32), PER_ROW)
-                if call.causal:
-                    limit = jnp.minimum(limit, row_numbers(ROWS) + (base + call.offset - j * BLOCK))
-                s = keep_columns(s, limit, up_to=True)
-                if q_seg_g is not None:
-                    segments = kv_seg_g.at[row, pl.ds(j * BLOCK, BLOCK)]
-                    segments = plgpu.load(segments, layout=PER_COLUMN, optimized=False)
-                    s = jnp.where(across(theirs, BLOCK) == down(segments, ROWS), s, -jnp.inf)
-                return s
-
-            def accumulate(dq, dq_rope=None):
-                def step(j, some_masked):
-                    slot = lax.rem(j - first, call.stages)
-
-                    def scores(s, dp):
-                        plgpu.barrier_wait(k_full.at[slot])
-                        if d_rope:
-                            plgpu.wgmma(s, q_s.at[mine, pl.ds(0, call.d_k)], k_s.at[slot].transpose((1, 0)))
-                            q_rope = q_s.at[mine, pl.ds(call.d_k, d_rope)]
-                            plgpu.wgmma(s, q_rope, rope_s.at[slot].transpose((1, 0)))
-                        else:
-                            plgpu.wgmma(s, q_s.at[mine], k_s.at[slot].transpose((1, 0)))
-                        plgpu.barrier_wait(v_full.at[slot])
-                        plgpu.wgmma(dp, do_s.at[mine], v_s.at[slot].transpose((1, 0)))
-                        return plgpu.wgmma_accumulator_load(s, wait_n=1), plgpu.wgmma_accumulator_load(dp, wait_n=0)
-
-                    square = plgpu.ACC((ROWS, BLOCK), jnp.float32)
-                    s, dp = pl.run_scoped(scores, square, square)
-                    arrive(_SECOND_FREE[: call.stages], slot, _WITH_LOADER)
-                    s = masked(s, j) if some_masked else s
-                    p = jnp.exp2(s * exponent_scale + across(shift, BLOCK))
-                    ds = (p * (dp + across(delta, BLOCK))).astype(jnp.bfloat16)
-                    plgpu.wgmma(dq, ds, k_s.at[slot])
-                    if d_rope:
-                        plgpu.wgmma(dq_rope, ds, rope_s.at[slot])
-                    plgpu.wgmma_wait(0)
-                    arrive(_FIRST_FREE[: call.stages], slot, _WITH_LOADER)
-
-                start = first
-                for end, some_masked in ((whole_first, True), (whole_last, False), (last, True)):
-                    end = lax.clamp(start, jnp.int32(end), last)
-
-                    @pl.loop(start, end)
-                    def _(j, some_masked=some_masked):
-                        step(j, some_masked)
-
-                    start = end
-
-                return dq[...] if dq_rope is None else (dq[...], dq_rope[...])
-
-            accumulators = [plgpu.ACC((ROWS, d)) for d in (call.d_k, d_rope) if d]
-            parts = pl.run_scoped(accumulate, *accumulators)
-            start = 0
-            for part in parts if d_rope else (parts,):
-                q_s[mine, pl.ds(start, part.shape[1])] = (part * call.scale).astype(jnp.bfloat16)
-                start += part.shape[1]
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(q_s.at[mine], dq_g.at[row, rows, head])
-            plgpu.wait_smem_to_gmem(0)
-
-        _roles(compute, load)
-
-    scratch = [
-        tiled(TILE, call.d_qk),
-        tiled(TILE, call.d_v),
-        tiled(call.stages, BLOCK, call.d_k),
-        tiled(call.stages, BLOCK, d_rope) if d_rope else None,
-        tiled(call.stages, BLOCK, call.d_v),
-        plgpu.Barrier(num_arrivals=2),
-        plgpu.Barrier(num_arrivals=2 if d_rope else 1, num_barriers=call.stages),
-        plgpu.Barrier(num_barriers=call.stages),
-    ]
-    out_type = jax.ShapeDtypeStruct(q.shape, jnp.bfloat16)
-    run = _kernel(kernel, call, "mla_attention_queries", call.batch * call.heads * tiles, out_type, scratch)
+    run = launch(kernel, "mla_attention_keys_values", call.batch * kv_heads * tiles, out_type, scratch)
     return run(q, k, v, k_rope, d_out, shift, delta, q_segments, kv_segments, ranges)
