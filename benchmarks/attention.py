@@ -7,6 +7,7 @@ gradients, and must repeat bit for bit. Where tokamax is installed, its Pallas k
 """
 
 import argparse
+import concurrent.futures
 import dataclasses
 import functools
 import pathlib
@@ -102,6 +103,8 @@ def check(shape: Shape, factor: float = 1.0) -> dict:
     segments = {name: x for name, x in options.items() if name.endswith("segment_ids")}
     result = {"case": str(shape) + (f" logits x{factor:g}" if factor != 1 else ""), "errors": {}}
     for name in CHECKED:
+        if name == "chunked" and isinstance(result["errors"]["cudnn"], dict):
+            continue  # The peer only where cuDNN is none.
         f = jax.jit(functools.partial(_with_gradients, name, shape.causal))
         try:
             runs = [f(operands, options.get("k_rope"), segments, d_out) for _ in range(3)]
@@ -223,11 +226,12 @@ def main() -> None:
     args = parser.parse_args()
     checks, good = [], True
     cases = [*((shape, 1.0) for shape in CORRECTNESS), (Shape(1, 1000, 2), 20.0)]
-    for shape, factor in [] if args.skip_checks else cases:
-        checks.append(check(shape, factor))
-        text, fine = verdict(checks[-1])
-        good &= fine
-        print(text, flush=True)
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:  # They mostly compile.
+        for result in pool.map(lambda case: check(*case), [] if args.skip_checks else cases):
+            checks.append(result)
+            text, fine = verdict(result)
+            good &= fine
+            print(text, flush=True)
     ceiling = timing.roofline()
     print(ceiling, flush=True)
     rows = list(checks)
