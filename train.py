@@ -1,7 +1,8 @@
 """Trains a model: `python train.py --config=configs/tiny.py --workdir=runs/tiny [--config.train.steps=N]`.
 
-The same command continues a run that was interrupted. Exit codes: 0 done (or saved on SIGTERM), 2 a
-configuration or data that cannot run, 3 a run that diverged or cannot be resumed.
+The same command continues a run that was interrupted; SIGTERM and Ctrl-C finish the step under way and save.
+Exit codes: 0 done, or stopped by SIGTERM; 130 stopped by Ctrl-C; 2 a configuration or data that cannot run;
+3 a run that diverged, or that cannot be resumed or saved.
 """
 
 import argparse
@@ -11,7 +12,6 @@ import json
 import os
 import signal
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -77,12 +77,35 @@ def refuse(error, code=2):
 # ------------------------------------------------------------------------------------------- the run
 
 
-def train(config, workdir):
-    """Runs or continues a run; everything that it leaves is in `workdir`."""
+class Stop:
+    """What SIGTERM and Ctrl-C ask for. Before training there is nothing to save, and they end the process.
+
+    Attributes:
+      training: whether there is something to save; a second Ctrl-C does not wait for it.
+      code: the exit code of a run that was asked to stop, else None.
+    """
+
+    def __init__(self):
+        self.training, self.code = False, None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number, _):
+        impatient = number == signal.SIGINT and self.code is not None
+        self.code = 130 if number == signal.SIGINT else 0
+        # Written to the descriptor: the signal may have come while the stream was being written.
+        if impatient or not self.training:
+            os.write(2, b"\nstopped; the same command continues from the last checkpoint\n")
+            os._exit(self.code)
+        os.write(2, b"\nstopping after this step; Ctrl-C again stops at once, without saving\n")
+
+
+def train(config, workdir, stop):
+    """Runs or continues a run; everything that it leaves is in `workdir`. Returns the exit code."""
     import jax
 
     from dsv3_jax.checkpoint.manager import CheckpointError, Checkpoints
-    from dsv3_jax.data import Loader
+    from dsv3_jax.data import DataError, Loader
     from dsv3_jax.parallel.mesh import make_mesh
     from dsv3_jax.training import ema, loop, schedules
     from dsv3_jax.training.guard import Guard, TrainingDiverged
@@ -115,11 +138,12 @@ def train(config, workdir):
     step = tokens = 0
     try:
         restored = checkpoints.restore_latest(abstract)
-    except CheckpointError as error:
-        refuse(error, 3)
+        if restored is not None:
+            loader.set_state(restored.extras["data"])
+    except (CheckpointError, DataError) as error:
+        refuse(f"This run cannot be resumed. {error}", 3)
     if restored is not None:
         step, state, tokens = restored.step, restored.state, restored.extras["tokens"]
-        loader.set_state(restored.extras["data"])
         guard.restore(restored.extras["guard"])
     else:
         state = {"train": init_state(config, mesh)}
@@ -131,30 +155,36 @@ def train(config, workdir):
     report.note(f"{size:.1f}M parameters on {len(devices)} x {devices[0].device_kind}")
     if step:
         report.note(f"resumed at step {step}")
+    elif report.dropped:
+        report.note(f"no checkpoint in {workdir}: starting anew; {report.dropped} logged steps are dropped")
 
-    # 3. On SIGTERM: finish the step under way, save, and leave with 0.
-    asked_to_stop = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: asked_to_stop.set())
-
-    # 4. The loop. The host looks at a step only when the next one is on its way to the device.
+    # 3. The loop. The host looks at a step only when the next one is on its way to the device.
     clock = {"seconds": time.perf_counter(), "tokens": tokens}
 
     def look(number, seen, metrics, rates, first, last, validation=None):
         """Checks a finished step, and logs it when its turn has come."""
-        data = loader.describe(first, last) if not metrics.finite else f"sequences {first} to {last - 1}"
-        message = guard.check(number, float(metrics.losses.loss), bool(metrics.finite), data)
-        if message:
-            report.note(message)
-        if validation or number % config.train.log_every == 0 or number in (1, config.train.steps):
-            speed = (seen - clock["tokens"]) / (time.perf_counter() - clock["seconds"])
-            row = loop.metrics_row(config, metrics, rates, abstract["train"].params, speed, devices)
-            row |= {"step": number, "tokens": seen, "bad_steps": guard.bad_steps}
-            report.log(row | {name: loss for name, (loss, _) in (validation or {}).items()})
-            clock.update(seconds=time.perf_counter(), tokens=seen)
+        finite = bool(metrics.finite)
+        data = f"sequences {first} to {last - 1}" if finite else loader.describe(first, last)
+        try:
+            message = guard.check(number, float(metrics.losses.loss), finite, data)
+            if message:
+                report.note(message)
+        finally:  # The step that ends a run is on record too.
+            every = config.train.log_every
+            if validation or not finite or number % every == 0 or number in (1, config.train.steps):
+                log(number, seen, metrics, rates, validation or {})
 
-    validation, pending = {}, None
+    def log(number, seen, metrics, rates, validation):
+        speed = (seen - clock["tokens"]) / (time.perf_counter() - clock["seconds"])
+        row = loop.metrics_row(config, metrics, rates, abstract["train"].params, speed, devices)
+        row |= {"step": number, "tokens": seen, "bad_steps": guard.bad_steps}
+        report.log(row | {name: loss for name, (loss, _) in validation.items()})
+        clock.update(seconds=time.perf_counter(), tokens=seen)
+
+    validation, pending, stopping = {}, None, False
+    stop.training = True
     try:
-        while step < config.train.steps and not asked_to_stop.is_set():
+        while step < config.train.steps and not stopping:
             sequences = schedules.batch_size_at(config, tokens)
             rates = loop.schedules_at(config, step, tokens)
             first = loader.position
@@ -167,6 +197,7 @@ def train(config, workdir):
                 look(*pending)
             pending = (step, tokens, metrics, rates, first, first + sequences)
 
+            stopping = stop.code is not None  # Read once: the step after which it is seen is saved.
             last = step == config.train.steps
             validation = {}
             if last or config.train.eval_every and step % config.train.eval_every == 0:
@@ -180,10 +211,11 @@ def train(config, workdir):
                 look(*pending, validation)
                 pending = None
             every = config.checkpoint.every
-            if every and (last or asked_to_stop.is_set() or step % every == 0):
-                if pending:  # A step is on record before its checkpoint is.
-                    look(*pending)
-                    pending = None
+            due = every and (last or stopping or step % every == 0)
+            if pending and (due or stopping):  # A step is on record before its checkpoint is.
+                look(*pending)
+                pending = None
+            if due:
                 extras = {"tokens": tokens, "data": loader.get_state(), "guard": guard.state()}
                 checkpoints.save(step, state, extras, {name: loss for name, (loss, _) in validation.items()})
     except TrainingDiverged as error:
@@ -191,15 +223,18 @@ def train(config, workdir):
         checkpoints.close()
         refuse(error, 3)
     checkpoints.close()
+    stop.training = False
 
-    # 5. What the run leaves behind.
+    # 4. What the run leaves behind.
     if step >= config.train.steps:
         validation = validation or {"validation_loss": evaluate(state["train"].params, state["train"].router)}
         loop.finish(config, state["train"], validation["validation_loss"], workdir, report, loader.tokenizer)
     else:
-        report.note(f"stopped on request after step {step}; the same command continues")
+        saved = "saved; the same command continues" if every else "nothing saved, as checkpoint.every = 0"
+        report.note(f"stopped on request after step {step}: {saved}")
     report.close()
     loader.close()
+    return stop.code if step < config.train.steps else 0
 
 
 def write_json(path, value):
@@ -210,6 +245,7 @@ def write_json(path, value):
 
 
 def main(argv=None):
+    stop = Stop()
     config, workdir = parse(sys.argv[1:] if argv is None else argv)
     # JAX takes three quarters of a GPU by default; a model that nearly fills it needs more.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.94")
@@ -229,10 +265,10 @@ def main(argv=None):
     if problems:
         refuse(ConfigError(problems))
     try:
-        train(config, workdir)
+        return train(config, workdir, stop)
     except data.DataError as error:
         refuse(ConfigError([Problem(*error.problem)]))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -24,6 +24,9 @@ class Report:
       total_steps: steps of the whole run.
       resumed_step: steps already taken; lines of later steps are dropped from the files.
       stream: where the live line goes.
+
+    Attributes:
+      dropped: how many lines of later steps there were.
     """
 
     def __init__(
@@ -31,6 +34,7 @@ class Report:
     ):
         workdir = Path(workdir)
         self._metrics = MetricsLog(workdir / METRICS_FILE, resumed_step)
+        self.dropped = self._metrics.dropped
         self._events = _Events(workdir / TENSORBOARD_DIR, resumed_step)
         self._progress = Progress(total_steps, stream)
 
@@ -64,7 +68,7 @@ class MetricsLog:
 
     def __init__(self, path: str | Path, resumed_step: int = 0):
         path = Path(path)
-        _drop_after(path, resumed_step)
+        self.dropped = _drop_after(path, resumed_step)
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, values: Mapping[str, Any]) -> None:
@@ -89,13 +93,15 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return records
 
 
-def _drop_after(path: Path, step: int) -> None:
+def _drop_after(path: Path, step: int) -> int:
+    """Leaves whole lines up to `step`; returns how many of later steps there were."""
     if not path.exists():
-        return
-    kept = [record for record in read_metrics(path) if record["step"] <= step]
+        return 0
+    records = read_metrics(path)
+    kept = [record for record in records if record["step"] <= step]
     text = "".join(json.dumps(record) + "\n" for record in kept)
     if text == path.read_text(encoding="utf-8"):
-        return
+        return 0
     # Written beside and renamed: a kill leaves the old file or the new one, whole.
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w", encoding="utf-8") as file:
@@ -103,6 +109,7 @@ def _drop_after(path: Path, step: int) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+    return len(records) - len(kept)
 
 
 class Progress:
