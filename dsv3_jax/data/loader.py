@@ -149,8 +149,13 @@ def split_sequences(
         fim_rate=config.fim_rate if training else 0.0,
         fim_ids=tokenizer.fim_ids,
     )
-    order = {"mix_seed": seed} if training else {"one_pass": True}
-    sequences = PackedSequences(stream, seq_len, mask_documents=config.mask_documents, **order)
+    sequences = PackedSequences(
+        stream,
+        seq_len,
+        mask_documents=config.mask_documents,
+        one_pass=not training,
+        mix_seed=seed if training else None,
+    )
     if sequences.per_pass == 0:
         raise DataError(
             "data.source",

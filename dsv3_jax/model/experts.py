@@ -122,8 +122,8 @@ def routed_experts(
     """`experts_on_rows` for a batch; under a mesh each device serves its own part of the batch."""
 
     def local(u, indices, gates, gate_up, down):
-        flat = (x.reshape(-1, x.shape[-1]) for x in (u, indices, gates))
-        return experts_on_rows(*flat, gate_up, down, implementation).reshape(u.shape)
+        x, to, weights = (part.reshape(-1, part.shape[-1]) for part in (u, indices, gates))
+        return experts_on_rows(x, to, weights, gate_up, down, implementation).reshape(u.shape)
 
     mesh = current_mesh()
     if mesh is None:

@@ -1,5 +1,7 @@
 """What every part of the model is made of: parameters with logical axes, RMSNorm, SwiGLU."""
 
+from typing import cast
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -7,10 +9,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 
-def weight(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], std: float):
+def weight(
+    module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], std: float
+) -> Array:
     """Declares a float32 parameter of `module`, normal with deviation `std`, with its logical axes."""
     init = nn.with_partitioning(nn.initializers.normal(std), axes)
-    return module.param(name, init, shape, jnp.float32)
+    return cast(Array, module.param(name, init, shape, jnp.float32))  # Linen unboxes what it returns.
 
 
 def rms_norm(x: Float[Array, "*batch d"], scale: Float[Array, " d"], eps: float) -> Float[Array, "*batch d"]:
@@ -43,7 +47,7 @@ class RMSNorm(nn.Module):
     def scale(self, width: int) -> Float[Array, " width"]:
         """Declares the scale alone, for a pure function that does the rest."""
         init = nn.with_partitioning(nn.initializers.ones, ("norm",))
-        return self.param("scale", init, (width,), jnp.float32)
+        return cast(Array, self.param("scale", init, (width,), jnp.float32))
 
     def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
         return rms_norm(x, self.scale(x.shape[-1]), self.eps)

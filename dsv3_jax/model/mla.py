@@ -5,7 +5,7 @@ through a decoupled part of query and key, the key's shared by all heads. The ma
 the same input are stored as one: [W_UQ; W_QR], [W_DKV; W_KR] and [W_UK; W_UV].
 """
 
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +19,11 @@ from dsv3_jax.model.rope import Rotation, rotate, softmax_scale
 from pallas_kernels import mla_attention
 
 
-class MLAWeights(TypedDict, total=False):
+class MLAWeights(TypedDict):
     """The parameters of one layer; `w_dq` and `q_norm` are absent without query compression."""
 
-    w_dq: Float[Array, "d q_rank"]
-    q_norm: Float[Array, " q_rank"]
+    w_dq: NotRequired[Float[Array, "d q_rank"]]
+    q_norm: NotRequired[Float[Array, " q_rank"]]
     w_uq_qr: Float[Array, "q_in heads nope_rope"]
     w_dkv_kr: Float[Array, "d kv_rank_rope"]
     kv_norm: Float[Array, " kv_rank"]
@@ -36,7 +36,7 @@ def queries(
 ) -> Float[Array, "batch seq heads nope_rope"]:
     """q_i = [q_C,i ; q_R,i] for every head (eqs 6-9)."""
     c_q = h
-    if "w_dq" in w:
+    if "w_dq" in w and "q_norm" in w:
         c_q = checkpoint_name(h @ w["w_dq"].astype(h.dtype), "mla_latent")  # eq 6
         c_q = rms_norm(c_q, w["q_norm"], config.norm_eps)
     q = jnp.einsum("bsr,rhe->bshe", c_q, w["w_uq_qr"].astype(h.dtype))  # eqs 7 and 8
@@ -97,23 +97,20 @@ class MLA(nn.Module):
     def __call__(self, h, turn, segment_ids):
         config, a = self.config, self.config.attention
         d, std = config.d_model, config.init_std
-        w: MLAWeights = {}
-        query_in, query_axis = d, "embed"
+        compressed, query_in, query_axis = {}, d, "embed"
         if a.q_lora_rank:
             query_in, query_axis = a.q_lora_rank, "latent"
-            w["w_dq"] = weight(self, "w_dq", (d, a.q_lora_rank), ("embed", "latent"), std)
-            w["q_norm"] = RMSNorm(config.norm_eps, name="q_norm").scale(a.q_lora_rank)
-        width = a.qk_nope_head_dim + a.qk_rope_head_dim
-        w["w_uq_qr"] = weight(
-            self, "w_uq_qr", (query_in, a.n_heads, width), (query_axis, "heads", "head"), std
+            compressed["w_dq"] = weight(self, "w_dq", (d, a.q_lora_rank), ("embed", "latent"), std)
+            compressed["q_norm"] = RMSNorm(config.norm_eps, name="q_norm").scale(a.q_lora_rank)
+        q_shape = (query_in, a.n_heads, a.qk_nope_head_dim + a.qk_rope_head_dim)
+        kv_shape = (a.kv_lora_rank, a.n_heads, a.qk_nope_head_dim + a.v_head_dim)
+        latent_shape = (d, a.kv_lora_rank + a.qk_rope_head_dim)
+        w = MLAWeights(
+            **compressed,
+            w_uq_qr=weight(self, "w_uq_qr", q_shape, (query_axis, "heads", "head"), std),
+            w_dkv_kr=weight(self, "w_dkv_kr", latent_shape, ("embed", "latent"), std),
+            kv_norm=RMSNorm(config.norm_eps, name="kv_norm").scale(a.kv_lora_rank),
+            w_uk_uv=weight(self, "w_uk_uv", kv_shape, ("latent", "heads", "head"), std),
+            w_o=weight(self, "w_o", (a.n_heads, a.v_head_dim, d), ("heads", "head", "embed"), std),
         )
-        w["w_dkv_kr"] = weight(
-            self, "w_dkv_kr", (d, a.kv_lora_rank + a.qk_rope_head_dim), ("embed", "latent"), std
-        )
-        w["kv_norm"] = RMSNorm(config.norm_eps, name="kv_norm").scale(a.kv_lora_rank)
-        width = a.qk_nope_head_dim + a.v_head_dim
-        w["w_uk_uv"] = weight(
-            self, "w_uk_uv", (a.kv_lora_rank, a.n_heads, width), ("latent", "heads", "head"), std
-        )
-        w["w_o"] = weight(self, "w_o", (a.n_heads, a.v_head_dim, d), ("heads", "head", "embed"), std)
         return mla(w, h, turn, segment_ids, config)

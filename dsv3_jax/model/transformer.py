@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig
@@ -53,7 +54,7 @@ class Block(nn.Module):
         with jax.named_scope("attention"):
             normal = RMSNorm(eps, name="attention_norm")(x)
             x = x + attention_module(self.config, name="attention")(normal, turn, segment_ids)
-        x = jax.ad_checkpoint.checkpoint_name(x, "residual")
+        x = checkpoint_name(x, "residual")
         normal = RMSNorm(eps, name="ffn_norm")(x)
         if not self.moe:
             with jax.named_scope("dense_ffn"):
@@ -69,7 +70,7 @@ def _stack(config: ModelConfig, length: int, moe: bool, remat: str, name: str) -
         block,
         variable_axes={"params": 0, "router": 0},
         split_rngs={"params": True},
-        in_axes=(nn.broadcast, nn.broadcast),
+        in_axes=(nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
         length=length,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
@@ -188,7 +189,7 @@ class Transformer(nn.Module):
 def init_variables(model: Transformer, rng: Array, seq_len: int = 8) -> dict:
     """Parameters and router state, boxed with their logical axes (`flax.linen.Partitioned`)."""
     tokens = jnp.zeros((1, seq_len), jnp.int32)
-    return model.init(rng, tokens, targets=tokens)
+    return dict(model.init(rng, tokens, targets=tokens))
 
 
 def merge_router_counts(router: dict, counts: Int[Array, "rows experts"]) -> dict:

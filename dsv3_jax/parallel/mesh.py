@@ -43,7 +43,7 @@ def mesh_shape(config: MeshConfig, n_devices: int) -> tuple[int, int]:
     return sizes[0], sizes[1]
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh (data, expert) over the first devices that it needs."""
     devices = jax.devices() if devices is None else list(devices)
     shape = mesh_shape(config, len(devices))

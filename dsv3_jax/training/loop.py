@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -52,7 +53,8 @@ def schedules_at(config: Config, step: int, tokens: int) -> Schedules:
         schedules.bias_speed(config, tokens),
         schedules.mtp_weight(config, tokens),
     )
-    return Schedules(*map(np.float32, values))
+    # Scalars of one dtype whatever the values, so that the step compiles once.
+    return Schedules(*(jnp.float32(value) for value in values))
 
 
 def make_evaluation(
@@ -93,7 +95,7 @@ def metrics_row(
     rates: Schedules,
     params: Any,
     speed: float,
-    devices: list[jax.Device],
+    devices: list[Any],
 ) -> dict[str, Any]:
     """What `metrics.jsonl` says of a step, besides its number and tokens."""
     metrics = jax.device_get(metrics)

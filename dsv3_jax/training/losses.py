@@ -84,7 +84,7 @@ def _chunked(hidden, head, targets, weights, chunk, *, with_gradients):
         for x in (hidden, targets, weights)
     ]
     (total, dhead), dx = lax.scan(one, start, pieces)
-    if with_gradients:
+    if dx is not None:
         dx = jnp.moveaxis(dx, 0, 1).reshape(batch, seq, width)
     return total, (dx, dhead)
 

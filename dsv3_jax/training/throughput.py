@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import jax
-
 from dsv3_jax.config import Config, ModelConfig
 from dsv3_jax.training.state import parameter_count
 
@@ -55,7 +53,7 @@ def flops_per_token(config: Config, params: Any) -> float:
     return 6 * active_parameters(model, params) + attention
 
 
-def peak_flops(devices: list[jax.Device]) -> float | None:
+def peak_flops(devices: list[Any]) -> float | None:
     """The sum of the devices' peaks, None when one of them is not in the table."""
     kinds = sorted(PEAK_FLOPS, key=len, reverse=True)
     found = [next((PEAK_FLOPS[k] for k in kinds if d.device_kind.startswith(k)), None) for d in devices]
