@@ -1,9 +1,10 @@
-"""Grouped matrix products in bf16 against torch's `_grouped_mm`, forward, dgrad and wgrad.
+"""Grouped matrix products, bf16 and FP8, against torch's bf16 `_grouped_mm`: forward, dgrad and wgrad.
 
     PYTHONPATH=. python benchmarks/grouped_gemm.py [--out results.json] [--only zipf] [--rounds 3]
 
-Every result is first compared with a float64 product of the same operands, group by group, and two
-runs must agree bit for bit.
+Every result is first compared with a float64 product of the same operands (for FP8: of the quantised
+operands), group by group, and two runs must agree bit for bit. FP8 weight gradients come out in
+float32, bf16 ones in bf16. `--ragged-dot` times `jax.lax.ragged_dot` too, which takes a while.
 """
 
 import argparse
@@ -21,8 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
+from benchmarks.gemm import dequantized
 from pallas_kernels import grouped_matmul
-from pallas_kernels.grouped_matmul import mosaic_gpu
+from pallas_kernels.fp8_grouped_matmul import fp8_grouped_matmul, fp8_grouped_wgrad
+from pallas_kernels.fp8_quantize import Quantized, quantize_blocks, quantize_columns, quantize_rows
+from pallas_kernels.grouped_matmul import mosaic_gpu, reference
 from pallas_kernels.grouped_matmul.shapes import BENCHMARK, Shape
 
 PASSES = ("forward", "dgrad", "wgrad")
@@ -89,7 +93,48 @@ def peers(shape: Shape, x, w, dout, sizes):
     return ours, theirs, check
 
 
-def run(shape: Shape, passes, rounds: int):
+@jax.jit
+def _ragged_dot(x, w, sizes):
+    return reference.forward(x, w, sizes, transpose_rhs=False, out_dtype=x.dtype)
+
+
+def fp8(name: str, x, w, dout, sizes):
+    """The FP8 call of one pass, and a function that gives its worst group's error."""
+    if name == "wgrad":
+        left, right = (jax.jit(quantize_columns)(a, sizes) for a in (x, dout))
+        call = jax.jit(fp8_grouped_wgrad)
+    else:
+        left = jax.jit(quantize_rows)(x if name == "forward" else dout)
+        right = jax.jit(quantize_blocks)(w.swapaxes(1, 2) if name == "forward" else w)
+        call = jax.jit(fp8_grouped_matmul)
+    counts = np.asarray(sizes)
+
+    def error() -> float:
+        result, worst, row = torch.from_dlpack(call(left, right, sizes)), 0.0, 0
+        full = dequantized(left)
+        for g, count in enumerate(counts):
+            if name == "wgrad":
+                count = -(-count // 128) * 128
+                rows = slice(row, row + count)
+                got, want = result[g], full[:, rows] @ dequantized(_part(right, rows)).t()
+            else:
+                rows = slice(row, row + count)
+                weight = Quantized(right.values[g], right.scales[g])
+                got, want = result[rows], full[rows] @ dequantized(weight).t()
+            row += count
+            difference = torch.linalg.norm(got.double() - want) / max(torch.linalg.norm(want).item(), 1e-30)
+            worst = max(worst, difference.item() if not torch.isnan(difference) else np.inf)
+        return worst
+
+    return functools.partial(call, left, right, sizes), error
+
+
+def _part(x: Quantized, rows: slice) -> Quantized:
+    """Some blocks of 128 of the contraction."""
+    return Quantized(x.values[:, rows], x.scales[rows.start // 128 : rows.stop // 128])
+
+
+def run(shape: Shape, passes, rounds: int, ragged_dot: bool):
     """Checks and times one shape; yields a row of results for each pass."""
     x, w, dout, sizes = operands(shape)
     ours, theirs, check = peers(shape, x, w, dout, sizes)
@@ -100,31 +145,36 @@ def run(shape: Shape, passes, rounds: int):
         result = ours[name]()
         error = check(name, result)
         repeats = bool(jnp.array_equal(result, ours[name](), equal_nan=True))
-        times = timing.compare(
-            [timing.Rival("ours", ours[name]), timing.Rival("torch", theirs[name])], rounds=rounds
-        )
+        call8, error8 = fp8(name, x, w, dout, sizes)
+        errors = {"bf16": error, "fp8": error8()}
+        calls = {"ours": ours[name], "ours fp8": call8, "torch": theirs[name]}
+        if ragged_dot and name == "forward":
+            calls["lax.ragged_dot"] = functools.partial(_ragged_dot, x, w, sizes)
+        times = timing.compare([timing.Rival(rival, call) for rival, call in calls.items()], rounds=rounds)
         row = timing.row(f"{shape} {name}", flops, moved, times)
-        row |= {"relative_error": error, "repeats_bitwise": repeats}
-        verdict = "ok" if error < TOLERANCE and repeats else "WRONG"
-        print(timing.line(row, "torch"), f" error {error:.1e} {verdict}", flush=True)
+        row |= {"relative_error": errors, "repeats_bitwise": repeats}
+        verdict = "ok" if max(errors.values()) < TOLERANCE and repeats else "WRONG"
+        text = " ".join(f"{e:.1e}" for e in errors.values())
+        print(timing.line(row, "torch"), f" errors {text} {verdict}", flush=True)
         yield row
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", default="benchmarks/results/gemm_grouped_bf16.json")
+    parser.add_argument("--out", default="benchmarks/results/gemm_grouped.json")
     parser.add_argument("--only", default="", help="run the shapes whose name contains this")
     parser.add_argument("--passes", default=",".join(PASSES))
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--ragged-dot", action="store_true")
     args = parser.parse_args()
     ceiling = timing.roofline()
     print(ceiling, flush=True)
     rows = []
     for shape in BENCHMARK:
         if args.only in str(shape):
-            rows += run(shape, args.passes.split(","), args.rounds)
+            rows += run(shape, args.passes.split(","), args.rounds, args.ragged_dot)
             timing.write(args.out, rows, ceiling)
-    if any(row["relative_error"] >= TOLERANCE or not row["repeats_bitwise"] for row in rows):
+    if any(max(row["relative_error"].values()) >= TOLERANCE or not row["repeats_bitwise"] for row in rows):
         raise SystemExit("a result is wrong")
 
 

@@ -5,6 +5,15 @@ One folder an operation. Each holds the public op (`__init__.py`: contract, chec
 (`mosaic_gpu.py` for Hopper, `mosaic_tpu.py` for TPU, `blocked.py` where plain JAX can be made fast).
 """
 
+from pallas_kernels.fp8_grouped_matmul import fp8_grouped_matmul, fp8_grouped_wgrad
+from pallas_kernels.fp8_matmul import fp8_matmul
+from pallas_kernels.fp8_quantize import (
+    Quantized,
+    dequantize,
+    quantize_blocks,
+    quantize_columns,
+    quantize_rows,
+)
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.implementations import (
     UnsupportedError,
@@ -12,4 +21,17 @@ from pallas_kernels.implementations import (
 )
 from pallas_kernels.mla_attention import mla_attention
 
-__all__ = ["UnsupportedError", "grouped_matmul", "mla_attention", "target_platform"]
+__all__ = [
+    "Quantized",
+    "UnsupportedError",
+    "dequantize",
+    "fp8_grouped_matmul",
+    "fp8_grouped_wgrad",
+    "fp8_matmul",
+    "grouped_matmul",
+    "mla_attention",
+    "quantize_blocks",
+    "quantize_columns",
+    "quantize_rows",
+    "target_platform",
+]

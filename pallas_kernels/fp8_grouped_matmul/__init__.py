@@ -56,8 +56,8 @@ def fp8_grouped_matmul(
     expected = (-(-k // TILE), rows), (groups, -(-n // TILE), -(-k // TILE))
     if (lhs.scales.shape, rhs.scales.shape) != expected:
         raise ValueError(
-            f"fp8_grouped_matmul: scales {lhs.scales.shape} and {rhs.scales.shape}, expected {expected[0]} and"
-            f" {expected[1]}"
+            f"fp8_grouped_matmul: scales {lhs.scales.shape} and {rhs.scales.shape},"
+            f" expected {expected[0]} and {expected[1]}"
         )
     if group_sizes.shape != (groups,):
         raise ValueError(f"fp8_grouped_matmul: group_sizes {group_sizes.shape}, expected ({groups},)")

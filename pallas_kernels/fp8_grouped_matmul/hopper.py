@@ -7,6 +7,7 @@ by the ordinary units while the other warpgroup has the tensor cores.
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import fragmented_array, mma_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -32,7 +33,10 @@ def zeros(columns: int):
 
 
 def multiply(left, right):
-    """`left @ right.T`, waited for: `[64, 128]` and `[columns, 128]` in swizzled FP8 -> `[64, columns]` float32."""
+    """Starts `left @ right.T`: `[64, 128]` and `[columns, 128]`, swizzled FP8 -> `[64, columns]` float32.
+
+    Nothing may touch the result before it has been through `settle`.
+    """
     columns = right.shape[0]
     types = _PTX_NAMES[jnp.dtype(left.dtype)], _PTX_NAMES[jnp.dtype(right.dtype)]
 
@@ -51,13 +55,57 @@ def multiply(left, right):
                 sums, _advance(left_at, i * left_stride), _advance(right_at, i * right_stride), columns, types
             )
         nvvm.wgmma_commit_group_sync_aligned()
-        nvvm.wgmma_wait_group_sync_aligned(0)
         shape = _SUMS.registers_shape((WARPGROUP_ROWS, columns))
         registers = np.array(sums, dtype=object).reshape(shape)
-        product = mgpu.FragmentedArray(_registers=registers, _layout=_SUMS, _is_signed=None)
-        return fragmented_array.optimization_barrier(product)  # Nothing may read it before the wait.
+        return mgpu.FragmentedArray(_registers=registers, _layout=_SUMS, _is_signed=None)
 
     return run(left, right)  # pyright: ignore[reportCallIssue]
+
+
+def settle(product, pending: int):
+    """`product` once at most `pending` later ones are still under way."""
+
+    @plgpu.inline_mgpu(
+        arg_types=(SUMS,),
+        return_type=plgpu.ShapeDtypeStruct(product.shape, jnp.float32, layout=SUMS),
+    )
+    def run(_, product):
+        nvvm.wgmma_wait_group_sync_aligned(pending)
+        return fragmented_array.optimization_barrier(product)
+
+    return run(product)  # pyright: ignore[reportCallIssue]
+
+
+def accumulate(steps, start, finish, sums, overlap: int):
+    """Runs all steps; while one is scaled and added, the tensor cores work on the next.
+
+    Args:
+      steps: how many, int32.
+      start: `start(i) -> (product, rest)`, the product under way.
+      finish: `finish(i, (product, rest), sums) -> sums`, the product settled.
+      sums: what to add to.
+      overlap: steps of one pass of the loop. The last of a pass has no next: a product under way across
+        passes makes the compiler wait after every instruction.
+    """
+
+    def settled(started, pending):
+        return settle(started[0], pending), started[1]
+
+    def run(first, count, sums):
+        under_way = start(first)
+        for k in range(1, count):
+            following = start(first + k)
+            sums = finish(first + k - 1, settled(under_way, 1), sums)
+            under_way = following
+        return finish(first + count - 1, settled(under_way, 0), sums)
+
+    def passes(count, low, high, sums):
+        return lax.fori_loop(
+            0, (high - low) // count, lambda i, sums: run(low + count * i, count, sums), sums
+        )
+
+    most = steps // overlap * overlap
+    return passes(1, most, steps, passes(overlap, jnp.int32(0), most, sums))
 
 
 def _descriptor(ref, large_tile, group_size, k_major):
@@ -153,7 +201,10 @@ def _scalar(register):
 
 
 def _map(element, sums, product):
-    """`element(index, sum, product)` on every register; the index counts 8 columns at 1, 8 rows at 4, a column at 8."""
+    """`element(index, sum, product)` on every register.
+
+    The index counts blocks of 8 columns at 1, of 8 rows at 4, and single columns at 8.
+    """
     kind = ir.VectorType.get((1,), ir.F32Type.get())
     out = np.empty_like(sums.registers)
     for index, total in np.ndenumerate(sums.registers):

@@ -5,8 +5,8 @@ shared-memory stages, two multiply. What differs is the arithmetic: every 128 of
 product of its own, which is scaled and added in float32 (`hopper.py`). The row scales travel
 with the rows; a block scale is a scalar, read one step ahead.
 
-At the rate of FP8 the L2 cache limits: two neighbouring multiprocessors work on neighbouring columns of
-the same rows, and each fetches half of the rows for both.
+Optionally two neighbouring multiprocessors work on neighbouring columns of the same rows, and each
+fetches half of the rows for both.
 
 Needs a compute capability 9.0 GPU and JAX 0.11.2. Rows and k that are no multiples of 8 and 128 are
 padded, which copies the operands.
@@ -38,23 +38,31 @@ class Tiling:
 
     Attributes:
       n: columns of a tile.
-      waves: blocks of 64 rows that each of the two multiplying warpgroups takes.
-      pair: two multiprocessors share the rows of two tiles side by side.
+      waves: blocks of 64 rows that each of the two multiplying warpgroups takes, one after the other.
+      pair: two multiprocessors share the rows of two tiles side by side: each fetches half for both.
       stages: operand tiles in flight.
       buffers: shared-memory buffers a warpgroup stores its result through.
       band: row tiles that are visited together, column by column, to reuse operands from the L2 cache.
+      overlap: steps of the contraction that a warpgroup overlaps with itself, see `hopper.accumulate`;
+        more than one takes the registers of a second wave.
     """
 
     n: int = 128
     waves: int = 2
-    pair: bool = True
+    pair: bool = False
     stages: int = 4
     buffers: int = 1
     band: int = 4
+    overlap: int = 1
 
     @property
     def rows(self) -> int:
         return 2 * self.waves * WARPGROUP_ROWS
+
+
+def tiling_for(k: int) -> Tiling:
+    """The faster of the measured tilings: short contractions gain from fetching in pairs, long ones lose."""
+    return Tiling(pair=k <= 2048)
 
 
 def unsupported(lhs, rhs) -> str | None:
@@ -67,7 +75,7 @@ def unsupported(lhs, rhs) -> str | None:
 
 def forward(lhs, rhs, group_sizes, *, out_dtype, tiling: Tiling | None = None):
     """`out[r] = lhs[r] @ rhs[group of r].T`; rows past the sum of the sizes are zero."""
-    tiling = tiling or Tiling()
+    tiling = tiling or tiling_for(lhs.values.shape[1])
     rows, columns = lhs.values.shape[0], rhs.values.shape[1]
     padded = rows + -rows % schedule.ALIGN
     tiles, count = schedule.row_tiles(group_sizes, padded, tiling.rows)
@@ -77,7 +85,7 @@ def forward(lhs, rhs, group_sizes, *, out_dtype, tiling: Tiling | None = None):
 
 def dense(lhs, rhs, *, out_dtype, tiling: Tiling | None = None):
     """`lhs @ rhs.T`: one group, whose tiles are known when compiling."""
-    tiling = tiling or Tiling()
+    tiling = tiling or tiling_for(lhs.values.shape[1])
     rows, columns = lhs.values.shape[0], rhs.values.shape[0]
     padded = rows + -rows % schedule.ALIGN
     start = np.arange(0, padded, tiling.rows)
@@ -145,7 +153,7 @@ def _kernel(
     warpgroup = lax.axis_index("wg")
 
     def each_tile(body):
-        """Runs `body(step, tile, column, steps)`; `step` counts stages since the kernel began, and is returned."""
+        """Runs `body(step, tile, column, steps)`; returns `step`, the stages since the kernel began."""
 
         @plgpu.nd_loop((row_tiles * column_tiles,), collective_axes="sm", init_carry=jnp.int32(0))
         def last(info, carry):
@@ -198,6 +206,22 @@ def _kernel(
                 return tuple(rhs_scales[group, block, jnp.minimum(i, steps - 1)] for block in blocks)
 
             def product():
+                def slot(i):
+                    return lax.rem(step + i, jnp.int32(tiling.stages))
+
+                def start(i):
+                    at = slot(i)
+                    scales = block_scales(i)
+                    plgpu.barrier_wait(full.at[at])
+                    return hopper.multiply(left_smem.at[at, own], right_smem.at[at]), scales
+
+                def finish(i, started, sums):
+                    value, scales = started
+                    at = slot(i)
+                    by_row = plgpu.load(scale_smem.at[at, own], layout=hopper.PER_ROW)
+                    plgpu.barrier_arrive(free.at[at])
+                    return hopper.promote(sums, value, [by_row * scale for scale in scales])
+
                 def one(i, carry):
                     step, scales, sums = carry
                     slot = lax.rem(step, jnp.int32(tiling.stages))
@@ -207,14 +231,20 @@ def _kernel(
                     for wave in range(tiling.waves):
                         rows = pl.ds(warpgroup * own_rows + wave * WARPGROUP_ROWS, WARPGROUP_ROWS)
                         by_row = plgpu.load(scale_smem.at[slot, rows], layout=hopper.PER_ROW)
-                        value = hopper.multiply(left_smem.at[slot, rows], right_smem.at[slot])
+                        value = hopper.settle(
+                            hopper.multiply(left_smem.at[slot, rows], right_smem.at[slot]), 0
+                        )
                         if wave == tiling.waves - 1:
                             plgpu.barrier_arrive(free.at[slot])
                         sums[wave] = hopper.promote(sums[wave], value, [by_row * scale for scale in scales])
                     return step + 1, following, tuple(sums)
 
-                nothing = tuple(hopper.zeros(tiling.n) for _ in range(tiling.waves))
-                _, _, sums = lax.fori_loop(0, steps, one, (step, block_scales(0), nothing))
+                if tiling.overlap > 1:
+                    own = pl.ds(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
+                    sums = (hopper.accumulate(steps, start, finish, hopper.zeros(tiling.n), tiling.overlap),)
+                else:
+                    nothing = tuple(hopper.zeros(tiling.n) for _ in range(tiling.waves))
+                    _, _, sums = lax.fori_loop(0, steps, one, (step, block_scales(0), nothing))
                 for wave, value in enumerate(sums):
                     value = plgpu.layout_cast(value, plgpu.Layout.WGMMA)
                     at = first + wave * WARPGROUP_ROWS

@@ -14,12 +14,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.fp8_grouped_matmul.mosaic_gpu import SCALED, STEP, Tiling, drain
 from pallas_kernels.fp8_grouped_matmul import hopper
+from pallas_kernels.fp8_grouped_matmul.mosaic_gpu import SCALED, STEP, Tiling, drain
 from pallas_kernels.grouped_matmul import mosaic_gpu as bf16
 from pallas_kernels.grouped_matmul import schedule
 from pallas_kernels.grouped_matmul.hopper import ROW_BYTES, WARPGROUP_ROWS, swizzled
 from pallas_kernels.grouped_matmul.mosaic_gpu import FETCH_REGISTERS, FETCHER, MULTIPLY_REGISTERS
+
+TILING = Tiling(waves=1, stages=5, buffers=2)
 
 
 def wgrad(lhs, rhs, group_sizes, *, out_dtype, tiling: Tiling | None = None):
@@ -32,7 +34,7 @@ def wgrad(lhs, rhs, group_sizes, *, out_dtype, tiling: Tiling | None = None):
     """
     blocks = -(-group_sizes // SCALED)
     table = schedule.groups_by_size(blocks)  # First step, and step after the last.
-    return _product(table, lhs, rhs, jnp.dtype(out_dtype), tiling or Tiling())
+    return _product(table, lhs, rhs, jnp.dtype(out_dtype), tiling or TILING)
 
 
 def dense(lhs, rhs, *, out_dtype, tiling: Tiling | None = None):
@@ -42,7 +44,7 @@ def dense(lhs, rhs, *, out_dtype, tiling: Tiling | None = None):
     if depth % SCALED:
         lhs, rhs = (type(x)(jnp.pad(x.values, pad), x.scales) for x in (lhs, rhs))
     table = jnp.asarray(np.array([[0, 0, -(-depth // SCALED), 0]], np.int32))
-    return _product(table, lhs, rhs, jnp.dtype(out_dtype), tiling or Tiling())[0]
+    return _product(table, lhs, rhs, jnp.dtype(out_dtype), tiling or TILING)[0]
 
 
 def _product(table, lhs, rhs, out_dtype, tiling: Tiling):
@@ -155,7 +157,7 @@ def _kernel(
                 for wave in range(tiling.waves):
                     rows = pl.ds(warpgroup * own_rows + wave * WARPGROUP_ROWS, WARPGROUP_ROWS)
                     by_row = plgpu.load(left_scale_smem.at[slot, rows], layout=hopper.PER_ROW)
-                    value = hopper.multiply(left_smem.at[slot, rows], right_smem.at[slot])
+                    value = hopper.settle(hopper.multiply(left_smem.at[slot, rows], right_smem.at[slot]), 0)
                     # After the product: before it, they take the registers that two waves lack.
                     by_column = plgpu.load(right_scale_smem.at[slot], layout=hopper.PER_COLUMN)
                     if wave == tiling.waves - 1:
@@ -163,8 +165,29 @@ def _kernel(
                     sums[wave] = hopper.promote(sums[wave], value, [by_row], by_column)
                 return step + 1, tuple(sums)
 
-            nothing = tuple(hopper.zeros(tiling.n) for _ in range(tiling.waves))
-            step, sums = lax.fori_loop(0, steps, one, (step, nothing))
+            def slot(i):
+                return lax.rem(step + i, jnp.int32(tiling.stages))
+
+            def start(i):
+                at = slot(i)
+                plgpu.barrier_wait(full.at[at])
+                return hopper.multiply(left_smem.at[at, own], right_smem.at[at]), ()
+
+            def finish(i, started, sums):
+                at = slot(i)
+                by_row = plgpu.load(left_scale_smem.at[at, own], layout=hopper.PER_ROW)
+                by_column = plgpu.load(right_scale_smem.at[at], layout=hopper.PER_COLUMN)
+                sums = hopper.promote(sums, started[0], [by_row], by_column)
+                plgpu.barrier_arrive(free.at[at])
+                return sums
+
+            if tiling.overlap > 1:
+                own = pl.ds(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
+                sums = (hopper.accumulate(steps, start, finish, hopper.zeros(tiling.n), tiling.overlap),)
+                step = step + steps
+            else:
+                nothing = tuple(hopper.zeros(tiling.n) for _ in range(tiling.waves))
+                step, sums = lax.fori_loop(0, steps, one, (step, nothing))
             for wave, value in enumerate(sums):
                 value = plgpu.layout_cast(value, plgpu.Layout.WGMMA)
                 at = row + warpgroup * own_rows + wave * WARPGROUP_ROWS

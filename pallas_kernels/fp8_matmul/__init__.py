@@ -59,7 +59,8 @@ def fp8_matmul(
     by_row, by_block = (steps, n), (-(-n // TILE), steps)
     if rhs.scales.shape not in (by_row, by_block):
         raise ValueError(
-            f"fp8_matmul: rhs scales {rhs.scales.shape}, expected {by_block} (128x128 blocks) or {by_row} (rows)"
+            f"fp8_matmul: rhs scales {rhs.scales.shape}, expected {by_block} (128x128 blocks)"
+            f" or {by_row} (rows)"
         )
     if accumulate is not None and accumulate.shape != (m, n):
         raise ValueError(f"fp8_matmul: accumulate {accumulate.shape}, expected {(m, n)}")

@@ -1,12 +1,12 @@
-"""Quantisation to FP8 with a scale for every 1x128 tile or 128x128 block (DeepSeek-V3, arXiv 2412.19437, 3.3).
+"""Quantisation to FP8, a scale for every 1x128 tile or 128x128 block (DeepSeek-V3, arXiv 2412.19437, 3.3).
 
 A tile is divided by its scale, which maps its largest magnitude to the largest finite number of the
 dtype (448 for E4M3), and rounded to nearest even. Scales are float32: exact (`amax / 448`), or rounded
 up to a power of two, which loses nothing when the tile is later regrouped.
 
-At the edges: a tile of zeros comes back as zeros; its scale, like any, is at least 2^-126. Float32
-subnormals may count as zero. A tile that holds an infinity or a NaN dequantises to NaN throughout, so
-that a diverging run shows.
+At the edges: a tile of zeros comes back as zeros; its scale, like any, is at least 2^-100, so that what
+is smaller than 2^-110 counts as zero. A tile that holds an infinity or a NaN dequantises to NaN
+throughout, so that a diverging run shows.
 """
 
 import functools
@@ -163,5 +163,5 @@ def pack_e5m6(x: Float[Array, "*stack k"]) -> UInt8[Array, "*stack k*3/2"]:
 def unpack_e5m6(
     packed: UInt8[Array, "*stack bytes"], dtype: jax.typing.DTypeLike = jnp.bfloat16
 ) -> Float[Array, "*stack k"]:
-    """The numbers that `pack_e5m6` packed; exact in float16, bfloat16 (but for subnormals' range none is lost) and float32."""
+    """The numbers that `pack_e5m6` packed, exact in float16, bfloat16 and float32."""
     return e5m6.unpack(packed).astype(dtype)

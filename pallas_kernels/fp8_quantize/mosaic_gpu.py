@@ -44,17 +44,18 @@ def unsupported_columns(x) -> str | None:
     return _unsupported(x, (8, TILE))
 
 
-def rows(x, *, power_of_two, dtype, swiglu=False, tiles: int = 2):
-    """Values `[rows, k]` and scales `[k/128, rows]`; a block of threads takes `tiles` tiles of 64 rows."""
+def rows(x, *, power_of_two, dtype, swiglu=False):
+    """Values `[rows, k]` and scales `[k/128, rows]`."""
     count, k = x.shape[0], x.shape[1] // (2 if swiglu else 1)
-    if k // TILE % tiles:
-        tiles = 1
     operands = 2 if swiglu else 1
+    tiles = 2 if operands == 1 and k // TILE % 2 == 0 else 1  # Of 64 rows, for one block of threads.
+    # The copy engine cuts a tile's values at the last row, but not its scales: they get room.
+    room = count + -count % WARPGROUP_ROWS
     kernel = plgpu.kernel(
         functools.partial(_rows_kernel, power_of_two=power_of_two, tiles=tiles, operands=operands),
         out_type=(
             jax.ShapeDtypeStruct((count, k), dtype),
-            jax.ShapeDtypeStruct((k // TILE, count), jnp.float32),
+            jax.ShapeDtypeStruct((k // TILE, room), jnp.float32),
         ),
         grid=(pl.cdiv(count, WARPGROUP_ROWS), k // TILE // tiles),
         grid_names=("row", "column"),
@@ -67,7 +68,8 @@ def rows(x, *, power_of_two, dtype, swiglu=False, tiles: int = 2):
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         kernel_name="fp8_quantize_rows",
     )
-    return kernel(x)
+    values, scales = kernel(x)
+    return values, scales if room == count else scales[:, :count]
 
 
 def _rows_kernel(

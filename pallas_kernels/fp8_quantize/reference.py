@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 
 TILE = 128
-SMALLEST_SCALE = 2.0**-126  # The smallest normal float32.
+SMALLEST_SCALE = 2.0**-100  # Clear of subnormals, which some hardware flushes, as its inverse is.
 
 
 def scale_and_inverse(amax, largest: float, power_of_two: bool):
@@ -47,7 +47,7 @@ def rows(x, *, power_of_two, dtype, swiglu=False):
 
 
 def row_blocks(group_sizes, rows: int):
-    """For every 128 rows of the padded operand: its first row in the original, and how many are of its group."""
+    """For every 128 rows of the padded operand: its first row in the original, and its group's share."""
     if group_sizes is None:
         start = jnp.arange(0, rows, TILE, dtype=jnp.int32)
         return jnp.stack([start, jnp.minimum(rows - start, TILE)], axis=1)
@@ -95,7 +95,8 @@ def dequantize(values, scales):
         scale = jnp.repeat(jnp.repeat(scales, TILE, axis=-2)[..., :n, :], TILE, axis=-1)[..., :k]
     else:
         raise ValueError(
-            f"scales {scales.shape} do not fit values {values.shape}: expected {(blocks_of_k, n)}, one for each"
-            f" row and 128 columns, or {(*values.shape[:-2], -(-n // TILE), blocks_of_k)}, one a 128x128 block"
+            f"scales {scales.shape} do not fit values {values.shape}: expected {(blocks_of_k, n)}, one for"
+            " each row and 128 columns, or"
+            f" {(*values.shape[:-2], -(-n // TILE), blocks_of_k)}, one for each 128x128 block"
         )
     return values.astype(jnp.float32) * scale

@@ -60,7 +60,13 @@ def _kernel(*refs, power_of_two, scaled, x_smem, in_scales_smem, amax_smem, valu
     plgpu.copy_gmem_to_smem(x.at[pl.ds(start, TILE), across], x_smem, loaded)
     if scaled:
         at = column * COLUMNS // TILE
-        plgpu.copy_gmem_to_smem(in_scales[0].at[at, pl.ds(start, TILE)], in_scales_smem, loaded)
+        # Asking for zeros past the end chooses the copy that may start at any row.
+        plgpu.copy_gmem_to_smem(
+            in_scales[0].at[at, pl.ds(start, TILE)],
+            in_scales_smem,
+            loaded,
+            oob_mode=plgpu.OOBFillMode.ZEROS,
+        )
     plgpu.barrier_wait(loaded)
     largest = float(jnp.finfo(values.dtype).max)
     _transpose(
@@ -87,8 +93,14 @@ def _transpose(x, in_scales, amax, values, scales, valid, largest, power_of_two,
         thread = arith.remui(mgpu.utils.thread_idx(), _i32(WARP * WARPS))
         lane, warp = arith.remui(thread, _i32(WARP)), arith.divui(thread, _i32(WARP))
         first_row = arith.muli(warp, _i32(ROWS))
-        in_base = mgpu.utils.memref_ptr(in_scales) if scaled else None
-        held = _read(mgpu.utils.memref_ptr(x), in_base, x.type, lane, first_row, valid.registers.item())
+        size = mgpu.utils.bytewidth(ir.MemRefType(x.type).element_type)
+        offset = arith.addi(arith.muli(first_row, _i32(COLUMNS * size)), arith.muli(lane, _i32(2 * size)))
+        pairs = _at(mgpu.utils.memref_ptr(x), offset)
+        of_rows = _at(mgpu.utils.memref_ptr(in_scales), arith.muli(first_row, _i32(4))) if scaled else None
+        valid = valid.registers.item()
+        with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.slt, valid, _i32(TILE))):
+            _clear(pairs, of_rows, size, first_row, valid)
+        held = _read(pairs, of_rows, size)
         tops = [functools.reduce(_maximum, (_abs(pair[c]) for pair in held)) for c in range(2)]
         tops = _agree(tops, mgpu.utils.memref_ptr(amax), lane, warp)
         pairs = [_scale_and_inverse(top, largest, power_of_two) for top in tops]
@@ -105,34 +117,33 @@ def _transpose(x, in_scales, amax, values, scales, valid, largest, power_of_two,
     run(x, in_scales, amax, values, scales, valid)  # pyright: ignore[reportCallIssue]
 
 
-def _read(base, in_scales, kind, lane, first_row, valid):
-    """This thread's 32 rows of two columns, float32; zero from row `valid` on."""
-    size = mgpu.utils.bytewidth(ir.MemRefType(kind).element_type)
-    f32, zero = ir.F32Type.get(), _f32(0.0)
-    held = []
+def _clear(pairs, scales, size, first_row, valid):
+    """Zeroes what this thread is about to read of the rows from `valid` on, and their scales."""
+    word = ir.IntegerType.get_signless(16 * size)
+    zero = arith.constant(word, ir.IntegerAttr.get(word, 0))
     for i in range(ROWS):
-        row = arith.addi(first_row, _i32(i))
-        offset = arith.addi(arith.muli(row, _i32(COLUMNS * size)), arith.muli(lane, _i32(2 * size)))
-        word = ir.IntegerType.get_signless(16 * size)
-        raw = llvm.load(word, _at(base, offset), alignment=2 * size)
-        if size == 2:
-            low = arith.shli(raw, _i32(16))
-            high = arith.andi(raw, _i32(-65536))
-            pair = [llvm.bitcast(f32, low), llvm.bitcast(f32, high)]
-        else:
-            halves = llvm.inline_asm(
-                ir.IntegerType.get_signless(32), [raw], "cvt.rn.f16x2.e4m3x2 $0, $1;", "=r,h", asm_dialect=0
-            )
-            halves = llvm.bitcast(ir.VectorType.get((2,), ir.F16Type.get()), halves)
-            scale = llvm.load(f32, _at(in_scales, arith.muli(row, _i32(4))), alignment=4)
-            pair = [
-                arith.mulf(
-                    arith.extf(f32, vector.extract(halves, dynamic_position=[], static_position=[c])), scale
-                )
-                for c in range(2)
-            ]
-        inside = arith.cmpi(arith.CmpIPredicate.slt, row, valid)
-        held.append([arith.select(inside, value, zero) for value in pair])
+        past = arith.cmpi(arith.CmpIPredicate.sge, arith.addi(first_row, _i32(i)), valid)
+        with mgpu.utils.when(past):
+            llvm.store(zero, _at(pairs, _i32(i * COLUMNS * size)), alignment=2 * size)
+            if scales is not None:
+                llvm.store(_f32(0.0), _at(scales, _i32(4 * i)), alignment=4)
+
+
+def _read(pairs, scales, size):
+    """This thread's 32 rows of two columns, float32."""
+    f32, i32, held = ir.F32Type.get(), ir.IntegerType.get_signless(32), []
+    word = ir.IntegerType.get_signless(16 * size)
+    for i in range(ROWS):
+        raw = llvm.load(word, _at(pairs, _i32(i * COLUMNS * size)), alignment=2 * size)
+        if scales is None:
+            pair = [arith.shli(raw, _i32(16)), arith.andi(raw, _i32(-65536))]
+            held.append([llvm.bitcast(f32, half) for half in pair])
+            continue
+        pair = llvm.inline_asm(i32, [raw], "cvt.rn.f16x2.e4m3x2 $0, $1;", "=r,h", asm_dialect=0)
+        pair = llvm.bitcast(ir.VectorType.get((2,), ir.F16Type.get()), pair)
+        pair = [vector.extract(pair, dynamic_position=[], static_position=[c]) for c in range(2)]
+        scale = llvm.load(f32, _at(scales, _i32(4 * i)), alignment=4)
+        held.append([arith.mulf(arith.extf(f32, half), scale) for half in pair])
     return held
 
 

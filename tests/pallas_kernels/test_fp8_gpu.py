@@ -1,0 +1,187 @@
+"""The FP8 kernels for Hopper on a card: against float64, the reference, and hostile neighbours."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.fp8_grouped_matmul import fp8_grouped_matmul, fp8_grouped_wgrad
+from pallas_kernels.fp8_matmul import fp8_matmul
+from pallas_kernels.fp8_quantize import (
+    Quantized,
+    dequantize,
+    quantize_blocks,
+    quantize_columns,
+    quantize_rows,
+)
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a Hopper GPU"),
+]
+
+# Empty groups, single rows, every alignment to 8 rows, ends on and beside a tile's end (64, 128).
+RAGGED = (0, 1, 7, 8, 9, 0, 63, 64, 65, 127, 128, 129, 0, 300, 2, 513, 0)
+PAST = 8  # Rows after the last group; the sum of all is a multiple of 8.
+
+# Hopper adds FP8 products with 13 bits after the largest one's leading bit: an error of some 2^-13 of
+# |row| |column| in each 128 of the contraction, 1.6e-4 at most in what was measured.
+TENSOR_CORES = 2.0**-12
+
+
+def _normal(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.bfloat16)
+
+
+def _float64(x: Quantized):
+    return np.asarray(dequantize(x), np.float64)
+
+
+def _poison():
+    """Leaves NaN in the memory that the next result is likely to get."""
+    jnp.full((64 << 20,), jnp.nan, jnp.float32).block_until_ready()
+
+
+def _close(got, left, right):
+    got = np.asarray(got, np.float64)
+    scale = np.linalg.norm(left, axis=1)[:, None] * np.linalg.norm(right, axis=1)
+    assert np.all(np.isfinite(got))
+    assert np.all(np.abs(got - left @ right.T) <= TENSOR_CORES * scale)
+
+
+def _rows(x, **options):
+    return quantize_rows(x, implementation="reference", **options)
+
+
+@pytest.mark.parametrize("wgrad", [False, True])
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [(136, 200, 384), (1000, 704, 1408), (7, 20, 130), (2048, 512, 2048)]
+)
+def test_dense(m, n, k, wgrad):
+    a = _normal(m, k).at[:, :100].multiply(1e4)  # Outliers in one tile.
+    a, b = _rows(a), (_rows if wgrad else quantize_blocks)(_normal(n, k, seed=1))
+    run = jax.jit(lambda a, b: fp8_matmul(a, b, out_dtype=jnp.float32, implementation="mosaic_gpu"))
+    _poison()
+    got = run(a, b)
+    _close(got, _float64(a), _float64(b))
+    np.testing.assert_array_equal(got, run(a, b))
+
+
+@pytest.mark.parametrize("wgrad", [False, True])
+def test_promotion_keeps_what_14_bits_lose(wgrad):
+    """One large product, thousands of ones, and the large one taken back: exact only in float32."""
+    k = 4096
+    a = np.zeros((64, k), np.float32)
+    a[:, 0], a[:, 128:-128], a[:, -128] = 448, 1, 448
+    steps = k // 128
+    left = Quantized(jnp.asarray(a).astype(jnp.float8_e4m3fn), jnp.ones((steps, 64)))
+    scales = jnp.ones((steps, 64) if wgrad else (1, steps))
+    for last in (0, -448):
+        right = Quantized(left.values.at[:, -128].set(last), scales)
+        got = fp8_matmul(left, right, out_dtype=jnp.float32, implementation="mosaic_gpu")
+        np.testing.assert_array_equal(got, 448 * 448 + k - 256 + 448 * last)
+
+
+def test_grouped():
+    rows, sizes = sum(RAGGED) + PAST, jnp.asarray(RAGGED, jnp.int32)
+    x, w = _rows(_normal(rows, 256)), quantize_blocks(_normal(len(RAGGED), 320, 256, seed=1))
+    run = jax.jit(
+        lambda x, w, s: fp8_grouped_matmul(x, w, s, out_dtype=jnp.float32, implementation="mosaic_gpu")
+    )
+    _poison()
+    got, x64, w64, start = run(x, w, sizes), _float64(x), _float64(w), 0
+    for g, size in enumerate(RAGGED):
+        _close(got[start : start + size], x64[start : start + size], w64[g])
+        start += size
+    assert np.all(np.asarray(got)[start:] == 0)
+    np.testing.assert_array_equal(got, run(x, w, sizes))
+    for spread in ((0,) * 16 + (rows,), (rows,) + (0,) * 16, (0,) * 17):  # Sizes known only on the device.
+        again = np.asarray(run(x, w, jnp.asarray(spread, jnp.int32)))
+        group = int(np.argmax(spread))
+        _close(again[: sum(spread)], x64[: sum(spread)], w64[group])
+        assert np.all(again[sum(spread) :] == 0)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_grouped_wgrad(dtype):
+    rows, sizes = sum(RAGGED) + PAST, jnp.asarray(RAGGED, jnp.int32)
+    left = quantize_columns(_normal(rows, 256), sizes, implementation="reference")
+    right = quantize_columns(_normal(rows, 320, seed=1), sizes, implementation="reference")
+    run = jax.jit(lambda a, b, s: fp8_grouped_wgrad(a, b, s, out_dtype=dtype, implementation="mosaic_gpu"))
+    _poison()
+    got, a64, b64, at = run(left, right, sizes), _float64(left), _float64(right), 0
+    for g, size in enumerate(RAGGED):
+        room = -(-size // 128) * 128
+        a, b = a64[:, at : at + room], b64[:, at : at + room]
+        if dtype == jnp.float32:
+            _close(got[g], a, b)
+        else:  # Half a unit in the last place of bf16 more.
+            scale = np.linalg.norm(a, axis=1)[:, None] * np.linalg.norm(b, axis=1)
+            want = a @ b.T
+            error = np.abs(np.asarray(got[g], np.float64) - want)
+            assert np.all(error <= 2.0**-8 * np.abs(want) + TENSOR_CORES * scale)
+        at += room
+    np.testing.assert_array_equal(np.asarray(got), np.asarray(run(left, right, sizes)))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_nothing_leaks_between_groups(bad):
+    rows, sizes = sum(RAGGED) + PAST, jnp.asarray(RAGGED, jnp.int32)
+    x, dout = _normal(rows, 256), _normal(rows, 128, seed=1)
+    w = quantize_blocks(_normal(len(RAGGED), 128, 256, seed=2))
+    ends = np.cumsum(RAGGED)
+    for g in (4, 9, 13):
+        ours = slice(ends[g] - RAGGED[g], ends[g])
+        poisoned = quantize_rows(x.at[ours].set(bad), implementation="mosaic_gpu")
+        out = np.asarray(fp8_grouped_matmul(poisoned, w, sizes, implementation="mosaic_gpu"), np.float32)
+        left = quantize_columns(poisoned, sizes, implementation="mosaic_gpu")
+        right = quantize_columns(dout, sizes, implementation="mosaic_gpu")
+        gradient = np.asarray(fp8_grouped_wgrad(left, right, sizes, implementation="mosaic_gpu"))
+        assert not np.isfinite(out[ours]).any()
+        assert np.isfinite(np.delete(out, np.r_[ours], axis=0)).all()
+        for h in range(len(RAGGED)):
+            assert np.isfinite(gradient[h]).all() == (h != g)
+
+
+def _same(got, want):
+    """Equal but for numbers that float32 rounding puts on the other side of a tie, one step away."""
+    assert got.values.shape == want.values.shape and got.scales.shape == want.scales.shape
+    np.testing.assert_allclose(got.scales, want.scales, rtol=1e-6)
+    differing = np.asarray(got.values.view(jnp.uint8) != want.values.view(jnp.uint8))
+    assert np.mean(differing) < 1e-3
+    np.testing.assert_allclose(dequantize(got), dequantize(want), rtol=2**-2, atol=1e-30)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"power_of_two": True}, {"swiglu": True}, {"dtype": jnp.float8_e5m2}]
+)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_rows(options, dtype):
+    x = _normal(136, 768).at[3].set(0).at[5, 7].set(1e4).at[6].set(1e-30).astype(dtype)
+    got = quantize_rows(x, implementation="mosaic_gpu", **options)
+    _same(got, quantize_rows(x, implementation="reference", **options))
+    again = quantize_rows(x, implementation="mosaic_gpu", **options)
+    assert all(jnp.array_equal(a, b) for a, b in zip(got, again, strict=True))
+
+
+@pytest.mark.parametrize("options", [{}, {"power_of_two": True}, {"dtype": jnp.float8_e5m2}])
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("requantise", [False, True])
+def test_columns(options, grouped, requantise):
+    x = _normal(sum(RAGGED) + PAST, 256).at[3].set(0).at[:, 9].set(0).at[5, 7].set(1e4)
+    x = _rows(x) if requantise else x
+    sizes = jnp.asarray(RAGGED, jnp.int32) if grouped else None
+    _poison()
+    got = quantize_columns(x, sizes, implementation="mosaic_gpu", **options)
+    _same(got, quantize_columns(x, sizes, implementation="reference", **options))
+
+
+@pytest.mark.parametrize("bad", [np.inf, np.nan])
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_a_bad_number_shows_in_its_whole_tile(bad, power_of_two):
+    x = _normal(64, 256).at[3, 5].set(bad)
+    options = dict(power_of_two=power_of_two, implementation="mosaic_gpu")
+    by_row = np.isnan(np.asarray(dequantize(quantize_rows(x, **options))))
+    assert by_row[3, :128].all() and by_row.sum() == 128
+    by_column = np.isnan(np.asarray(dequantize(quantize_columns(x, **options))))
+    assert by_column[5].all() and by_column.sum() == by_column.shape[1]

@@ -1,0 +1,134 @@
+"""`fp8_matmul` and the grouped FP8 products against float64 numpy, and the lowering of their GPU kernels."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import UnsupportedError, target_platform
+from pallas_kernels.fp8_grouped_matmul import fp8_grouped_matmul, fp8_grouped_wgrad
+from pallas_kernels.fp8_matmul import fp8_matmul
+from pallas_kernels.fp8_quantize import (
+    Quantized,
+    dequantize,
+    quantize_blocks,
+    quantize_columns,
+    quantize_rows,
+)
+
+needs_mosaic_gpu = pytest.mark.skipif(
+    jax.__version_info__ < (0, 11, 2), reason="the Mosaic GPU kernels need JAX 0.11.2"
+)
+SIZES = (5, 0, 17, 1, 130, 0)
+PAST = 6
+
+
+def _normal(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def _float64(x: Quantized):
+    return np.asarray(dequantize(x), np.float64)
+
+
+def _close(got, left, right):
+    """Float32 sums: 2e-6 of |row| |column|, some thirty units in the last place."""
+    scale = np.linalg.norm(left, axis=1)[:, None] * np.linalg.norm(right, axis=1)
+    assert np.all(np.abs(np.asarray(got, np.float64) - left @ right.T) <= 2e-6 * scale)
+
+
+@pytest.mark.parametrize("wgrad", [False, True])
+@pytest.mark.parametrize(("m", "n", "k"), [(32, 136, 256), (7, 20, 130), (1, 1, 1)])
+def test_products_of_the_dequantised_operands(m, n, k, wgrad):
+    a, b = quantize_rows(_normal(m, k)), (quantize_rows if wgrad else quantize_blocks)(_normal(n, k, seed=1))
+    out = fp8_matmul(a, b, out_dtype=jnp.float32)
+    _close(out, _float64(a), _float64(b))
+    rounded = fp8_matmul(a, b)
+    assert rounded.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(rounded, out.astype(jnp.bfloat16))
+    np.testing.assert_allclose(fp8_matmul(a, b, out_dtype=jnp.float32, accumulate=out), 2 * out, rtol=1e-6)
+
+
+def test_quantisation_error_is_that_of_e4m3():
+    a, b = _normal(64, 512), _normal(64, 512, seed=1)
+    out = fp8_matmul(quantize_rows(a), quantize_blocks(b), out_dtype=jnp.float32)
+    want = np.asarray(a, np.float64) @ np.asarray(b, np.float64).T
+    # Three bits of mantissa: 2^-4 / sqrt(3) at most, about 0.026 an operand on normal numbers.
+    assert 0.02 < np.linalg.norm(out - want) / np.linalg.norm(want) < 0.05
+
+
+def test_grouped():
+    rows = sum(SIZES) + PAST
+    x, w = quantize_rows(_normal(rows, 200)), quantize_blocks(_normal(len(SIZES), 40, 200, seed=1))
+    out = fp8_grouped_matmul(x, w, jnp.asarray(SIZES, jnp.int32), out_dtype=jnp.float32)
+    x64, w64, start = _float64(x), _float64(w), 0
+    for g, size in enumerate(SIZES):
+        _close(out[start : start + size], x64[start : start + size], w64[g])
+        start += size
+    assert np.all(np.asarray(out)[start:] == 0)
+
+
+def test_grouped_wgrad():
+    rows, sizes = sum(SIZES) + PAST, jnp.asarray(SIZES, jnp.int32)
+    x, dout = _normal(rows, 24), _normal(rows, 40, seed=1)
+    qx, qd = quantize_columns(x, sizes), quantize_columns(dout, sizes)
+    out = fp8_grouped_wgrad(qx, qd, sizes)
+    assert out.dtype == jnp.float32 and out.shape == (len(SIZES), 24, 40)
+    x64, d64, at, start = _float64(qx), _float64(qd), 0, 0
+    for g, size in enumerate(SIZES):
+        room = -(-size // 128) * 128
+        _close(out[g], x64[:, at : at + room], d64[:, at : at + room])
+        exact = np.asarray(x)[start : start + size].T @ np.asarray(dout)[start : start + size]
+        # Against the unquantised: E4M3 loses 0.026 an operand, so the groups' rows are the right ones.
+        norms = np.linalg.norm(np.asarray(x)[start : start + size]) * np.linalg.norm(
+            np.asarray(dout)[start : start + size]
+        )
+        assert np.linalg.norm(np.asarray(out[g]) - exact) <= 0.06 * norms
+        at, start = at + room, start + size
+
+
+def test_bad_calls_are_refused_with_the_reason():
+    a, b = quantize_rows(_normal(8, 256)), quantize_blocks(_normal(16, 256))
+    with pytest.raises(ValueError, match="k differs"):
+        fp8_matmul(a, quantize_blocks(_normal(16, 128)))
+    with pytest.raises(ValueError, match="lhs scales"):
+        fp8_matmul(Quantized(a.values, a.scales.T), b)
+    with pytest.raises(ValueError, match="128x128 blocks"):
+        fp8_matmul(a, Quantized(b.values, b.scales.T))
+    with pytest.raises(ValueError, match="accumulate"):
+        fp8_matmul(a, b, accumulate=jnp.zeros((16, 8)))
+    with pytest.raises(ValueError, match="do not contract"):
+        fp8_grouped_matmul(a, b, jnp.asarray([8]))
+    with pytest.raises(ValueError, match="a multiple of 128"):
+        fp8_grouped_wgrad(quantize_rows(_normal(8, 100)), quantize_rows(_normal(8, 100)), jnp.asarray([8]))
+    if jax.default_backend() != "gpu":
+        with pytest.raises(UnsupportedError, match="older than 0.11.2|not on cpu"):
+            fp8_matmul(a, b, implementation="mosaic_gpu")
+
+
+def _struct(shape, scales):
+    kinds = (shape, jnp.float8_e4m3fn), (scales, jnp.float32)
+    return Quantized(*(jax.ShapeDtypeStruct(*kind) for kind in kinds))
+
+
+@needs_mosaic_gpu
+@pytest.mark.parametrize(("m", "n", "k"), [(512, 1408, 2048), (100, 40, 200)])
+def test_gpu_kernels_lower(m, n, k):
+    """Layouts and shared memory are checked on any machine, for whole and for ragged tiles."""
+    steps, blocks = -(-k // 128), -(-n // 128)
+    a, rows = _struct((m, k), (steps, m)), _struct((n, k), (steps, n))
+    w, stack = _struct((n, k), (blocks, steps)), _struct((4, n, k), (4, blocks, steps))
+    left, right = _struct((m, 640), (5, m)), _struct((n, 640), (5, n))
+
+    def every(a, rows, w, stack, left, right, sizes):
+        return (
+            fp8_matmul(a, w),
+            fp8_matmul(a, rows, out_dtype=jnp.float32),
+            fp8_grouped_matmul(a, stack, sizes),
+            fp8_grouped_wgrad(left, right, sizes),
+        )
+
+    with target_platform("gpu"):
+        traced = jax.jit(every).trace(a, rows, w, stack, left, right, jax.ShapeDtypeStruct((4,), jnp.int32))
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @mosaic_gpu") == 4
