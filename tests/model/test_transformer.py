@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from flax.core import meta
 
-from dsv3_jax.config import AttentionConfig, ModelConfig, MoEConfig, MTPConfig, RopeConfig
+from dsv3_jax.config import AttentionConfig, ModelConfig, MoEConfig, MTPConfig
 from dsv3_jax.model import Transformer, init_variables
-from dsv3_jax.model.transformer import REMAT, merge_router_counts
+from dsv3_jax.model.transformer import merge_router_counts
 from dsv3_jax.training.losses import denominators, losses
 from tests.model.translate import to_oracle
-from tests.oracles import balance, mtp, transformer
+from tests.model.whole import make_batch, oracle_losses
 from tests.oracles.gradient import directional_derivative
 from tests.oracles.tree import tree_map
 
@@ -42,7 +42,9 @@ SMALL = ModelConfig(
 def changed(attention=None, moe=None, mtp=None, rope=None, **model):
     sections = {"attention": attention, "moe": moe, "mtp": mtp, "rope": rope}
     replaced = {
-        name: dataclasses.replace(getattr(SMALL, name), **values) for name, values in sections.items() if values
+        name: dataclasses.replace(getattr(SMALL, name), **values)
+        for name, values in sections.items()
+        if values
     }
     return dataclasses.replace(SMALL, **replaced, **model)
 
@@ -74,30 +76,12 @@ CONFIGS = {
         rope={"interleaved": False},
         tie_embeddings=True,
     ),
-    "mqa_parallel": changed(attention={"kind": "mqa"}, mtp={"kind": "parallel"}, moe={"n_shared": 0}),
-    "mha_moe": changed(attention={"kind": "mha"}, mtp={"depth": 0}, rope={"interleaved": False} | YARN),
+    "mqa_parallel": changed(
+        attention={"kind": "mqa"},
+        mtp={"kind": "parallel", "depth": 1},
+        moe={"n_shared": 0, "n_dense_layers": 1},
+    ),
 }
-SEQ = 7
-
-
-def make_batch(config, packed):
-    rng = np.random.default_rng(1)
-    tokens = rng.integers(0, config.vocab_size, (2, SEQ + 1)).astype(np.int32)
-    segments = np.ones((2, SEQ), np.int32)
-    positions = np.broadcast_to(np.arange(SEQ, dtype=np.int32), (2, SEQ)).copy()
-    mask = np.ones((2, SEQ), bool)
-    if packed:
-        for row, cut in enumerate((3, 5)):
-            segments[row, cut:] = 2
-            positions[row, cut:] -= cut
-            mask[row, cut - 1] = False
-    return {
-        "tokens": tokens[:, :-1],
-        "targets": tokens[:, 1:],
-        "positions": positions,
-        "segment_ids": segments,
-        "loss_mask": mask,
-    }
 
 
 def make_variables(model):
@@ -118,51 +102,6 @@ def our_losses(model, variables, batch, mtp_weight=0.3):
     )
     totals = denominators(batch, model.config.mtp.depth)
     return losses(outputs, batch, totals, 1.0, jnp.float32(mtp_weight), 0), outputs
-
-
-def oracle_losses(tree, batch, config):
-    """(loss, ce, mtp by depth, balance, counts by row) by the oracles, for the whole batch."""
-    size = batch["tokens"].shape[0]
-    logits, counted, routing = [], [], []
-    depth_logits = [([], [], []) for _ in range(config.mtp.depth)]
-    for b in range(size):
-        where = {"positions": batch["positions"][b], "segment_ids": batch["segment_ids"][b]}
-        out = transformer.forward(tree, batch["tokens"][b], config, **where)
-        logits.append(out.logits)
-        counted.append(batch["loss_mask"][b])
-        rows = [r for r in out.routing if r is not None]
-        if config.mtp.depth:
-            if config.mtp.kind == "sequential":
-                depths = mtp.sequential(tree, out.hidden, batch["targets"][b], config, **where)
-            else:
-                depths = mtp.parallel(tree, out.hidden, config, **where)
-            for k, depth in enumerate(depths, start=1):
-                valid = mtp.counted(k, where["segment_ids"], batch["loss_mask"][b])
-                collected = depth_logits[k - 1]
-                collected[0].append(depth.logits[: len(valid)])
-                collected[1].append(batch["targets"][b][k:])
-                collected[2].append(valid)
-                if depth.routing is not None:
-                    rows.append(depth.routing)
-        routing.append(rows)
-    ce = transformer.cross_entropy(
-        np.concatenate(logits), np.concatenate(list(batch["targets"])), np.concatenate(counted)
-    )
-    by_depth = [transformer.cross_entropy(*map(np.concatenate, parts)) for parts in depth_logits]
-    total_balance, counts, c = 0.0, [], config.moe
-    for row in range(len(routing[0])):
-        scores = np.stack([routing[b][row].scores for b in range(size)])
-        selected = np.stack([routing[b][row].selected for b in range(size)])
-        counts.append(sum(routing[b][row].counts for b in range(size)))
-        total_balance += c.sequence_loss * balance.sequence_loss(scores, c.top_k)
-        total_balance += c.batch_loss * balance.batch_loss(scores, c.top_k)
-        total_balance += c.expert_loss * balance.expert_loss(scores, selected)
-        total_balance += c.device_loss * balance.device_loss(scores, selected, c.n_groups)
-        total_balance += c.communication_loss * balance.communication_loss(
-            scores, selected, c.n_groups, c.topk_groups
-        )
-    loss = ce + total_balance + (mtp.mtp_loss(by_depth, 0.3) if by_depth else 0.0)
-    return loss, ce, by_depth, total_balance, counts
 
 
 @functools.cache  # Packed and unpacked batches share a compilation.
@@ -227,29 +166,6 @@ def _leaves(tree):
     if isinstance(tree, list):
         return [leaf for item in tree for leaf in _leaves(item)]
     return [np.asarray(tree, np.float64)]
-
-
-def test_remat_policies_give_the_same_gradients_and_counts():
-    config = CONFIGS["v3"]
-    batch = make_batch(config, False)
-    results = {}
-    for policy in REMAT:
-        model = Transformer(config, remat=policy)
-        variables = make_variables(model)
-
-        def loss(params, model=model, variables=variables):
-            parts, outputs = our_losses(model, variables | {"params": params}, batch)
-            return parts.loss, outputs.counts
-
-        results[policy] = jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
-    (loss, counts), grads = results["none"]
-    for policy in ("full", "dots", "v3"):
-        (other_loss, other_counts), other_grads = results[policy]
-        np.testing.assert_array_equal(counts, other_counts)
-        np.testing.assert_allclose(loss, other_loss, rtol=1e-6)
-        for ours, theirs in zip(jax.tree.leaves(grads), jax.tree.leaves(other_grads), strict=True):
-            # The same operations in another fusion: rounding only.
-            np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6 * np.abs(ours).max())
 
 
 def test_counts_find_their_way_to_the_bias_of_their_layer():

@@ -50,13 +50,14 @@ def _index(tree: Any, i: int) -> Any:
 def _layer(p: Any, bias: Any, config: ModelConfig) -> Any:
     return {
         "attn_norm": np.asarray(p["attention_norm"]["scale"]),
-        "attn": _attention(p["attention"], config),
+        "attn": attention_to_oracle(p["attention"], config),
         "ffn_norm": np.asarray(p["ffn_norm"]["scale"]),
         "ffn": _moe(p["moe"], bias) if "moe" in p else _dense(p["ffn"]),
     }
 
 
-def _attention(p: Any, config: ModelConfig) -> Any:
+def attention_to_oracle(p: Any, config: ModelConfig) -> Any:
+    """The parameters of one attention module."""
     a = config.attention
     p = {name: np.asarray(leaf["scale"] if isinstance(leaf, dict) else leaf) for name, leaf in p.items()}
     if a.kind != "mla":

@@ -1,0 +1,29 @@
+"""Settings of the whole test run, made before JAX and the packages under test are first imported."""
+
+import os
+
+# Eight devices on one CPU, for every test of a mesh. Optimising tiny programs takes LLVM many times longer
+# than running them as they are; the arithmetic is IEEE float32 either way.
+_FLAGS = {
+    "--xla_force_host_platform_device_count": "8",
+    "--xla_backend_optimization_level": "0",
+    "--xla_llvm_disable_expensive_passes": "true",
+}
+_given = os.environ.get("XLA_FLAGS", "")
+os.environ["XLA_FLAGS"] = " ".join(
+    [_given, *(f"{name}={value}" for name, value in _FLAGS.items() if name not in _given)]
+).strip()
+
+
+def pytest_configure(config):
+    if "gpu" not in (config.option.markexpr or "").replace("not gpu", ""):
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+    from hypothesis import settings
+    from jaxtyping import install_import_hook
+
+    # Compilation makes the first example of a property take seconds.
+    settings.register_profile("compiles", deadline=None, print_blob=True)
+    settings.load_profile("compiles")
+    # Every array signature is checked, shapes and dtypes, whenever a test calls or traces it.
+    install_import_hook(["dsv3_jax.model", "dsv3_jax.training", "pallas_kernels"], "beartype.beartype")
