@@ -9,20 +9,25 @@ import argparse
 import dataclasses
 import importlib.util
 import json
+import logging
 import os
 import signal
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from dsv3_jax.config import Config
 
 # ---------------------------------------------------------------- the command line and the configuration
 
 
-def parse(argv):
+def parse(argv) -> tuple["Config", Path]:
     """(Config, workdir), from the command line; prints every problem and exits with 2 if there is one."""
     from dsv3_jax.config_checks import ConfigError, Problem, override, typed
 
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0], allow_abbrev=False)
     parser.add_argument("--config", default="configs/tiny.py", help="a file with get_config()")
     parser.add_argument("--workdir", default="runs/default", help="where checkpoints and results go")
     arguments, rest = parser.parse_known_args(_joined(argv))
@@ -30,9 +35,27 @@ def parse(argv):
     try:
         tree = load_config_file(arguments.config)
         problems += override(tree, (item.removeprefix("--config.") for item in rest if _is_override(item)))
-        return typed(tree, problems), Path(arguments.workdir)
+        workdir = Path(arguments.workdir)
+        return typed(tree, problems, lambda config: surroundings(config, workdir)), workdir
     except ConfigError as error:
         refuse(error)
+
+
+def surroundings(config, workdir):
+    """What of a configuration does not fit this machine, its files or the data."""
+    # JAX takes three quarters of a GPU by default; a model that nearly fills it needs more.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.94")
+    import jax
+
+    from dsv3_jax import data
+    from dsv3_jax.config_checks import Problem, check_machine
+
+    if not os.environ.get(
+        "JAX_COMPILATION_CACHE_DIR"
+    ):  # Compiled programs are kept: the next start is quick.
+        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "dsv3_jax" / "xla"))
+    found = data.check(config.data, config.model.vocab_size, config.train.seq_len)
+    return check_machine(config, len(jax.devices()), workdir) + [Problem(*problem) for problem in found]
 
 
 def _is_override(item):
@@ -63,12 +86,13 @@ def load_config_file(path):
         names = ", ".join(sorted(str(found) for found in Path("configs").glob("*.py")))
         raise ConfigError([Problem("config", path, f"no such file; there are {names}")])
     spec = importlib.util.spec_from_file_location("run_config", path)
+    assert spec is not None and spec.loader is not None  # A file that ends in .py, or Python refuses it here.
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.get_config()
 
 
-def refuse(error, code=2):
+def refuse(error, code=2) -> NoReturn:
     """Prints an error without a traceback and exits."""
     print(error, file=sys.stderr)
     raise SystemExit(code)
@@ -117,14 +141,15 @@ def train(config, workdir, stop):
     mesh = make_mesh(config.mesh)
     devices = list(mesh.devices.flat)
     process = dict(process_index=jax.process_index(), process_count=jax.process_count())
-    seq_len = config.train.seq_len
+    seq_len, every = config.train.seq_len, config.checkpoint.every
     loader = Loader(config.data, split="train", seq_len=seq_len, seed=config.train.seed, **process)
     train_step = make_train_step(config, mesh)
     evaluate = loop.make_evaluation(config, mesh, process)
     abstract = {"train": abstract_state(config, mesh)}
+    on_device = shardings(abstract["train"].params)
+    layout = ema.shardings(on_device, config.train.ema_memory)
+    update_ema = ema.make_update(config.train.ema_decay, layout)
     if config.train.ema_decay:
-        layout = ema.shardings(shardings(abstract["train"].params), config.train.ema_memory)
-        update_ema = ema.make_update(config.train.ema_decay, layout)
         abstract["ema"] = jax.tree.map(
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
             abstract["train"].params,
@@ -206,11 +231,11 @@ def train(config, workdir, stop):
                 params, router = state["train"].params, state["train"].router
                 validation["validation_loss"] = evaluate(params, router)
                 if config.train.ema_decay:
-                    validation["ema_validation_loss"] = evaluate(state["ema"], router)
+                    average = jax.device_put(state["ema"], on_device)
+                    validation["ema_validation_loss"] = evaluate(average, router)
                 clock["seconds"] += time.perf_counter() - started  # No part of the training speed.
                 look(*pending, validation)
                 pending = None
-            every = config.checkpoint.every
             due = every and (last or stopping or step % every == 0)
             if pending and (due or stopping):  # A step is on record before its checkpoint is.
                 look(*pending)
@@ -246,27 +271,16 @@ def write_json(path, value):
 
 def main(argv=None):
     stop = Stop()
+    # Our own messages as they are, whatever a library makes of the root logger.
+    logger = logging.getLogger("dsv3_jax")
+    logger.handlers, logger.propagate = [logging.StreamHandler()], False
     config, workdir = parse(sys.argv[1:] if argv is None else argv)
-    # JAX takes three quarters of a GPU by default; a model that nearly fills it needs more.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.94")
-    import jax
+    from dsv3_jax.config_checks import ConfigError, Problem
+    from dsv3_jax.data import DataError
 
-    from dsv3_jax import data
-    from dsv3_jax.config_checks import ConfigError, Problem, check_machine
-
-    if not jax.config.jax_compilation_cache_dir:  # Compiled programs are kept: the next start is quick.
-        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "dsv3_jax" / "xla"))
-
-    problems = check_machine(config, len(jax.devices()), workdir)
-    problems += [
-        Problem(*problem)
-        for problem in data.check(config.data, config.model.vocab_size, config.train.seq_len)
-    ]
-    if problems:
-        refuse(ConfigError(problems))
     try:
         return train(config, workdir, stop)
-    except data.DataError as error:
+    except DataError as error:
         refuse(ConfigError([Problem(*error.problem)]))
 
 
