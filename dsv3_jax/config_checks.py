@@ -7,7 +7,7 @@ import math
 import os
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,22 +56,29 @@ def override(tree: Any, assignments: Iterable[str]) -> list[Problem]:
     return problems
 
 
-def typed(tree: Any, problems: Iterable[Problem] = ()) -> Config:
-    """The frozen `Config` of a ConfigDict (or nested dict), checked by itself.
+def typed(
+    tree: Any,
+    problems: Iterable[Problem] = (),
+    further: Callable[[Config], Iterable[Problem]] = lambda config: (),
+) -> Config:
+    """The frozen `Config` of a ConfigDict (or nested dict), checked.
 
     Args:
       tree: sections and fields; missing ones take their defaults.
       problems: found before, to be reported together with those found here.
+      further: more checks of a configuration: of the machine, of the data.
 
     Raises:
       ConfigError: with every problem: unknown names, wrong types, impossible or contradictory values.
     """
     found = list(problems)
-    config = _convert(Config, tree, "", found)
-    if not found:  # Relations between fields mean nothing while single fields are wrong.
-        found += check(config)
+    wrong_types: list[Problem] = []
+    config = _convert(Config, tree, "", found, wrong_types)
+    found += wrong_types
+    if not wrong_types:  # Relations mean nothing where a field's value is not even known.
+        found += [*check(config), *further(config)]
     if found:
-        raise ConfigError(found)
+        raise ConfigError(dict.fromkeys(found))
     return config
 
 
@@ -88,24 +95,25 @@ def _unknown(path: str, names: list[str]) -> str:
     return f"unknown field; did you mean {close[0]}?" if close else "unknown field; remove it"
 
 
-def _convert(cls: type, tree: Any, prefix: str, problems: list[Problem]) -> Any:
+def _convert(cls: type, tree: Any, prefix: str, unknown: list[Problem], wrong_types: list[Problem]) -> Any:
     hints = typing.get_type_hints(cls)
     defaults = cls()
     values = {}
     for name in tree.keys():
         value, path = tree[name], prefix + name
         if name not in hints:
-            problems.append(Problem(path, _plain(value), _unknown(path, [prefix + known for known in hints])))
+            names = [prefix + known for known in hints]
+            unknown.append(Problem(path, _plain(value), _unknown(path, names)))
         elif dataclasses.is_dataclass(hints[name]):
             if hasattr(value, "keys"):
-                values[name] = _convert(hints[name], value, path + ".", problems)
+                values[name] = _convert(hints[name], value, path + ".", unknown, wrong_types)
             else:
-                problems.append(Problem(path, value, "must be a section of fields"))
+                wrong_types.append(Problem(path, value, "must be a section of fields"))
         else:
             try:
                 values[name] = _coerce(hints[name], value)
             except TypeError as error:
-                problems.append(Problem(path, value, f"{error}, for example {getattr(defaults, name)!r}"))
+                wrong_types.append(Problem(path, value, f"{error}, for example {getattr(defaults, name)!r}"))
     return dataclasses.replace(defaults, **values)
 
 
@@ -261,18 +269,19 @@ def _check_attention(report: _Report, model: ModelConfig) -> None:
 
 def _check_moe(report: _Report, model: ModelConfig) -> None:
     moe, at = model.moe, "model.moe."
-    for name in ("n_experts", "top_k", "d_ff_expert", "n_groups", "topk_groups"):
+    sizes = ("n_experts", "top_k", "d_ff_expert", "n_groups", "topk_groups")
+    for name in sizes:
         report.require(getattr(moe, name) >= 1, at + name, "must be at least 1")
-    if report.problems:
+    if min(getattr(moe, name) for name in sizes) < 1:
         return
-    report.require(moe.top_k <= moe.n_experts, at + "top_k", f"at most n_experts = {moe.n_experts}")
     divides = moe.n_experts % moe.n_groups == 0
     report.require(divides, at + "n_groups", f"must divide n_experts = {moe.n_experts}")
     report.require(moe.topk_groups <= moe.n_groups, at + "topk_groups", f"at most n_groups = {moe.n_groups}")
-    if not divides or moe.topk_groups > moe.n_groups:
+    if not divides or moe.topk_groups > moe.n_groups or moe.n_groups == 1:
+        report.require(moe.top_k <= moe.n_experts, at + "top_k", f"at most n_experts = {moe.n_experts}")
         return
     a_group = moe.n_experts // moe.n_groups
-    fix = f"{moe.topk_groups} groups of {a_group} experts hold only {moe.topk_groups * a_group}"
+    fix = f"at most {moe.topk_groups * a_group}: topk_groups = {moe.topk_groups} groups of {a_group} experts"
     report.require(moe.top_k <= moe.topk_groups * a_group, at + "top_k", fix)
     limited = moe.topk_groups < moe.n_groups and moe.group_score == "top2_sum"
     report.require(

@@ -1,5 +1,5 @@
 """The model: pure functions over arrays, and thin Flax Linen modules that declare their parameters."""
 
-from dsv3_jax.model.transformer import Outputs, Transformer, init_variables
+from dsv3_jax.model.transformer import Outputs, Transformer, forward, init_variables
 
-__all__ = ["Outputs", "Transformer", "init_variables"]
+__all__ = ["Outputs", "Transformer", "forward", "init_variables"]

@@ -4,7 +4,7 @@ Layers of one kind are scanned: their parameters are stacked on a leading `layer
 compile time does not grow with depth.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -150,7 +150,11 @@ class Transformer(nn.Module):
             )
         turn = rotation(config.rope, rope_dim(config.attention), positions)
 
-        x = constrain(embedding.astype(self.dtype)[tokens], "batch", None, None)
+        # Whole before the look-up: a table split over `d` (FSDP) would make the partitioner split the gather's
+        # result the same way, and then gather the batch to split it again. Cast after it: the gradient of
+        # a frequent token is a sum of very many terms, which bf16 cannot hold.
+        table = constrain(embedding, None, None)
+        x = constrain(table[tokens].astype(self.dtype), "batch", None, None)
         reports: list[RouterReport] = []
         dense = min(config.moe.n_dense_layers, config.n_layers)
         if dense:
@@ -163,27 +167,32 @@ class Transformer(nn.Module):
 
         mtp_hidden: list[Array] = []
         if targets is not None and config.mtp.depth:
-            mtp_hidden, mtp_reports = self._mtp(hidden, targets, embedding, turn, segment_ids)
+            mtp_hidden, mtp_reports = self._mtp(hidden, targets, table, turn, segment_ids)
             reports += mtp_reports
         no_experts = jnp.zeros((0, config.moe.n_experts), jnp.int32)
         counts = jnp.concatenate([no_experts] + [r.counts.reshape(-1, config.moe.n_experts) for r in reports])
         balance = sum((r.balance_loss.sum() for r in reports), jnp.zeros((), jnp.float32))
         return Outputs(hidden, tuple(mtp_hidden), head, counts, balance)
 
-    def _mtp(self, hidden, targets, embedding, turn, segment_ids):
+    def _mtp(self, hidden, targets, table, turn, segment_ids):
         """The chain h^0 -> h^1 -> ... (V3 eqs 21-23), or independent blocks that all start at h^0."""
         chained = self.config.mtp.kind == "sequential"
         outputs, reports, state = [], [], hidden
         for depth in range(1, self.config.mtp.depth + 1):
             # Token i+k is the target of position i+k-1; what lies past the end is masked in the loss.
             later = jnp.pad(targets[:, depth - 1 :], ((0, 0), (0, depth - 1)))
-            embedded = embedding.astype(self.dtype)[later] if chained else None
+            embedded = table[later].astype(self.dtype) if chained else None
             block = MTPBlock(self.config, depth, chained, self.remat, name=f"mtp_{depth}")
             state, report = block(state if chained else hidden, embedded, turn, segment_ids)
             outputs.append(state)
             if report is not None:
                 reports.append(report)
         return outputs, reports
+
+
+def forward(model: Transformer, variables: Any, *inputs: Array | None) -> Outputs:
+    """`model.apply`, whose result Flax leaves untyped; `inputs` as of `Transformer.__call__`."""
+    return cast(Outputs, model.apply(variables, *inputs))
 
 
 def init_variables(model: Transformer, rng: Array, seq_len: int = 8) -> dict:

@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 
 from dsv3_jax.data import Tokenizer
-from dsv3_jax.model import Transformer
+from dsv3_jax.model import Transformer, forward
 
 
 @functools.partial(jax.jit, static_argnames=("model", "temperature"))
@@ -20,7 +20,7 @@ def _fill(model: Transformer, variables: Any, window: jax.Array, start: jax.Arra
     """Samples window[start:], left to right."""
 
     def one(i, window):
-        outputs = model.apply(variables, window[None])
+        outputs = forward(model, variables, window[None])
         logits = outputs.hidden[0, i - 1].astype(jnp.float32) @ outputs.head.astype(jnp.float32)
         token = jax.random.categorical(jax.random.fold_in(rng, i), logits / temperature)
         return window.at[i].set(token.astype(window.dtype))

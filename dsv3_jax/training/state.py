@@ -41,10 +41,11 @@ def abstract_state(config: Config, mesh: Mesh) -> TrainState:
     shapes = jax.eval_shape(lambda key: _init(config, key), rng)
     by_name = config.mesh.sharding
     moments = state_shardings(boxed, mesh, over_data=by_name in ("zero1", "fsdp"))
+    scalar: Any = replicated(mesh)
     layout = TrainState(
         params=state_shardings(boxed, mesh, over_data=by_name == "fsdp"),
         router=jax.tree.map(lambda _: replicated(mesh), shapes.router),
-        optimizer=optax.ScaleByAdamState(count=replicated(mesh), mu=moments, nu=moments),
+        optimizer=optax.ScaleByAdamState(count=scalar, mu=moments, nu=moments),
     )
     return jax.tree.map(
         lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.config import Config
+from dsv3_jax.model import forward
 from dsv3_jax.model.router import max_violation, updated_bias
 from dsv3_jax.model.transformer import merge_router_counts
 from dsv3_jax.parallel.mesh import LOGICAL_AXES, replicated, use_mesh
@@ -62,7 +63,7 @@ def gradients(
     def loss_of(params: Any, micro: Batch):
         variables = {"params": params, "router": state.router}
         segments = micro["segment_ids"] if config.data.mask_documents else None
-        outputs = model.apply(variables, micro["tokens"], micro["positions"], segments, micro["targets"])
+        outputs = forward(model, variables, micro["tokens"], micro["positions"], segments, micro["targets"])
         parts = losses(outputs, micro, totals, share, mtp_weight, config.train.loss_chunk)
         return parts.loss, (parts, outputs.counts)
 
@@ -142,10 +143,10 @@ def make_eval_step(config: Config, mesh: Mesh) -> Callable[..., tuple[Array, Arr
             micro = jax.tree.map(lambda x: x[0], batch)
             segments = micro["segment_ids"] if config.data.mask_documents else None
             variables = {"params": params, "router": router}
-            outputs = model.apply(variables, micro["tokens"], micro["positions"], segments)
+            outputs = forward(model, variables, micro["tokens"], micro["positions"], segments)
             weights = micro["loss_mask"].astype(jnp.float32)
             chunk = config.train.loss_chunk
-            total = cross_entropy(outputs.hidden, outputs.head, micro["targets"], weights, chunk)
+            total: Any = cross_entropy(outputs.hidden, outputs.head, micro["targets"], weights, chunk)
             return jnp.stack([total, weights.sum()]), outputs.counts
 
     layout = shardings(abstract_state(config, mesh))
