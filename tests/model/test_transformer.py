@@ -176,3 +176,22 @@ def test_counts_find_their_way_to_the_bias_of_their_layer():
     np.testing.assert_array_equal(merged["moe_layers"]["moe"]["bias"], counts[:2])
     np.testing.assert_array_equal(merged["mtp_1"]["block"]["moe"]["bias"], counts[2])
     np.testing.assert_array_equal(merged["mtp_2"]["block"]["moe"]["bias"], counts[3])
+
+
+def test_gradient_of_a_frequent_token_is_summed_in_float32():
+    """In bf16, 2048 equal terms would stop growing at the 256th."""
+    config = changed(attention={"kind": "mqa"}, moe={"n_dense_layers": 1}, mtp={"depth": 0}, n_layers=1)
+    tokens = jnp.full((4, 512), 3)
+    found = {}
+    for dtype in (jnp.float32, jnp.bfloat16):
+        model = Transformer(config, dtype)
+        params = make_variables(model)["params"]
+
+        def value(params, model=model):
+            hidden = model.apply({"params": params}, tokens).hidden
+            return (hidden.astype(jnp.float32) * jnp.arange(1.0, 17.0)).sum()
+
+        found[dtype] = np.asarray(jax.jit(jax.grad(value))(params)["embedding"][3])
+    expected = found[jnp.float32]
+    # bf16 keeps 8 bits: each of the terms, equal ones, is off by a few 2^-8 of the largest.
+    np.testing.assert_allclose(found[jnp.bfloat16], expected, atol=0.05 * np.abs(expected).max())
