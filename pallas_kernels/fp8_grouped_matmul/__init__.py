@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import implementations
 from pallas_kernels.fp8_grouped_matmul import mosaic_gpu, reference
 from pallas_kernels.fp8_quantize import TILE, Quantized
+from pallas_kernels.grouped_matmul import varying
 
 _MODULES = {"reference": reference, "mosaic_gpu": mosaic_gpu}
 IMPLEMENTATIONS = tuple(_MODULES)
@@ -22,6 +23,11 @@ _PREFERENCE = {"cpu": ("reference",), "gpu": ("mosaic_gpu", "reference"), "tpu":
 def _choose(op: str, requested: str, lhs, rhs):
     constraints = {name: functools.partial(module.unsupported, lhs, rhs) for name, module in _MODULES.items()}
     return _MODULES[implementations.choose(op, requested, constraints, _PREFERENCE)]
+
+
+def _together(lhs, rhs, group_sizes):
+    *operands, group_sizes = varying.together(*lhs, *rhs, group_sizes)
+    return Quantized(*operands[:2]), Quantized(*operands[2:]), group_sizes
 
 
 def fp8_grouped_matmul(
@@ -62,7 +68,8 @@ def fp8_grouped_matmul(
     if group_sizes.shape != (groups,):
         raise ValueError(f"fp8_grouped_matmul: group_sizes {group_sizes.shape}, expected ({groups},)")
     module = _choose("fp8_grouped_matmul", implementation, lhs, rhs)
-    return module.forward(lhs, rhs, group_sizes, out_dtype=jnp.dtype(out_dtype))
+    lhs, rhs, group_sizes = _together(lhs, rhs, group_sizes)
+    return varying.like(lhs.values, module.forward(lhs, rhs, group_sizes, out_dtype=jnp.dtype(out_dtype)))
 
 
 def fp8_grouped_wgrad(
@@ -99,4 +106,5 @@ def fp8_grouped_wgrad(
                 f" {(steps, operand.values.shape[0])}: one for each feature and 128 rows"
             )
     module = _choose("fp8_grouped_wgrad", implementation, lhs, rhs)
-    return module.wgrad(lhs, rhs, group_sizes, out_dtype=jnp.dtype(out_dtype))
+    lhs, rhs, group_sizes = _together(lhs, rhs, group_sizes)
+    return varying.like(lhs.values, module.wgrad(lhs, rhs, group_sizes, out_dtype=jnp.dtype(out_dtype)))

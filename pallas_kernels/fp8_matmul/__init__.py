@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 from pallas_kernels import implementations
 from pallas_kernels.fp8_matmul import mosaic_gpu, reference
 from pallas_kernels.fp8_quantize import TILE, Quantized
+from pallas_kernels.grouped_matmul import varying
 
 _MODULES = {"reference": reference, "mosaic_gpu": mosaic_gpu}
 IMPLEMENTATIONS = tuple(_MODULES)
@@ -67,7 +68,8 @@ def fp8_matmul(
     constraints = {name: functools.partial(module.unsupported, lhs, rhs) for name, module in _MODULES.items()}
     chosen = implementations.choose("fp8_matmul", implementation, constraints, _PREFERENCE)
     out_dtype = jnp.dtype(out_dtype)
-    if accumulate is None:
-        return _MODULES[chosen].matmul(lhs, rhs, out_dtype=out_dtype)
-    product = _MODULES[chosen].matmul(lhs, rhs, out_dtype=jnp.dtype(jnp.float32))
-    return (product + accumulate).astype(out_dtype)
+    operands = varying.together(*lhs, *rhs)
+    lhs, rhs = Quantized(*operands[:2]), Quantized(*operands[2:])
+    computed = out_dtype if accumulate is None else jnp.dtype(jnp.float32)
+    product = varying.like(lhs.values, _MODULES[chosen].matmul(lhs, rhs, out_dtype=computed))
+    return product if accumulate is None else (product + accumulate).astype(out_dtype)

@@ -16,6 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.fp8_quantize import reference, transpose
 from pallas_kernels.fp8_quantize.reference import SMALLEST_SCALE, TILE
 from pallas_kernels.grouped_matmul import mosaic_gpu as bf16
+from pallas_kernels.grouped_matmul import varying
 from pallas_kernels.grouped_matmul.hopper import WARPGROUP_ROWS, swizzled
 
 # Four neighbouring elements a thread, so that FP8 is stored in words of 32 bits.
@@ -69,7 +70,7 @@ def rows(x, *, power_of_two, dtype, swiglu=False):
         kernel_name="fp8_quantize_rows",
     )
     values, scales = kernel(x)
-    return values, scales if room == count else scales[:, :count]
+    return varying.like(x, (values, scales if room == count else scales[:, :count]))
 
 
 def _rows_kernel(
@@ -114,4 +115,6 @@ def columns(x, group_sizes, *, power_of_two, dtype):
     """Values `[k, padded]` and scales `[padded/128, k]`."""
     values, scales = x if isinstance(x, tuple) else (x, None)
     table = reference.row_blocks(group_sizes, values.shape[0])
-    return transpose.columns(values, scales, table, power_of_two=power_of_two, dtype=dtype)
+    values, table = varying.together(values, table)
+    out = transpose.columns(values, scales, table, power_of_two=power_of_two, dtype=dtype)
+    return varying.like(values, out)

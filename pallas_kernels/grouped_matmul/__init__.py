@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import implementations
-from pallas_kernels.grouped_matmul import blocked, mosaic_gpu, reference
+from pallas_kernels.grouped_matmul import blocked, mosaic_gpu, reference, varying
 
 # Each module offers `forward(lhs, rhs, group_sizes, *, transpose_rhs, out_dtype)`,
 # `wgrad(lhs, dout, group_sizes, *, out_dtype)` and `unsupported(lhs, rhs, transpose_rhs) -> str | None`.
@@ -63,12 +63,14 @@ def grouped_matmul(
     }
     chosen = implementations.choose("grouped_matmul", implementation, constraints, _PREFERENCE)
     dtype = jnp.dtype(out_dtype or lhs.dtype)
+    lhs, rhs, group_sizes = varying.together(lhs, rhs, group_sizes)
     return _product(lhs, rhs, group_sizes, transpose_rhs, dtype, chosen)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _product(lhs, rhs, group_sizes, transpose_rhs, out_dtype, chosen):
-    return _MODULES[chosen].forward(lhs, rhs, group_sizes, transpose_rhs=transpose_rhs, out_dtype=out_dtype)
+    out = _MODULES[chosen].forward(lhs, rhs, group_sizes, transpose_rhs=transpose_rhs, out_dtype=out_dtype)
+    return varying.like(lhs, out)
 
 
 def _product_fwd(lhs, rhs, group_sizes, transpose_rhs, out_dtype, chosen):
@@ -83,7 +85,7 @@ def _product_bwd(transpose_rhs, out_dtype, chosen, saved, dout):
     dlhs = module.forward(dout, rhs, group_sizes, transpose_rhs=not transpose_rhs, out_dtype=lhs.dtype)
     left, right = (dout, lhs) if transpose_rhs else (lhs, dout)
     drhs = module.wgrad(left, right, group_sizes, out_dtype=rhs.dtype)
-    return dlhs, drhs, None
+    return *varying.like(lhs, (dlhs, drhs)), None
 
 
 _product.defvjp(_product_fwd, _product_bwd)

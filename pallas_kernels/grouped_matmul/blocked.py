@@ -50,7 +50,7 @@ def forward(lhs, rhs, group_sizes, *, transpose_rhs, out_dtype):
 
         return lax.fori_loop(0, -(-group_sizes[g] // block), one_block, out)
 
-    out = lax.fori_loop(0, groups, one_group, jnp.zeros((rows + block, n), out_dtype))[:rows]
+    out = lax.fori_loop(0, groups, one_group, jnp.zeros_like(lhs, out_dtype, shape=(rows + block, n)))[:rows]
     return jnp.where(jnp.arange(rows)[:, None] < ends[-1], out, 0)
 
 
@@ -79,4 +79,4 @@ def wgrad(lhs, dout, group_sizes, *, out_dtype):
         total = lax.fori_loop(1, blocks, lambda i, total: total + one_block(i), one_block(0))
         return lax.dynamic_update_index_in_dim(out, total.astype(out_dtype), g, 0)
 
-    return lax.fori_loop(0, groups, one_group, jnp.zeros((groups, k, n), out_dtype))
+    return lax.fori_loop(0, groups, one_group, jnp.zeros_like(lhs, out_dtype, shape=(groups, k, n)))

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -66,7 +67,15 @@ def test_blocked_keeps_infinities_in_their_group():
         assert finite.tolist() == [g != 3 for g in range(len(SIZES))]
 
 
-def test_bad_calls_are_refused_with_the_reason():
+@pytest.fixture
+def unchecked_signatures():
+    """Calls get through to the op's own checks, as they do outside of tests."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def test_bad_calls_are_refused_with_the_reason(unchecked_signatures):
     x, w, _, sizes = _operands()
     with pytest.raises(ValueError, match="do not contract"):
         grouped_matmul(x, w.swapaxes(1, 2), sizes)
@@ -148,3 +157,45 @@ def test_auto_on_gpu_takes_the_kernel_for_bf16_only():
         assert "mosaic_gpu" not in _lowered(grouped_matmul, *_shapes(64, 64, 64, 2, jnp.float32))
         x, w, sizes = _shapes(64, 64, 64, 2, jnp.float32)
         assert "cast both to bfloat16" in mosaic_gpu.unsupported(x, w, False)
+
+
+def test_inside_shard_map():
+    """Groups spread over devices, rows of one device: values, and the gradient of what all devices share."""
+    x, w, dout, _ = _operands()
+    mesh = jax.make_mesh((2,), ("expert",), axis_types=(jax.sharding.AxisType.Auto,))
+    split = jax.sharding.PartitionSpec("expert")
+    x, dout, sizes = x[:40], dout[:40], jnp.asarray([5, 0, 15, 7, 3, 10], jnp.int32)  # 20 rows a device.
+
+    def loss(x, w, dout, sizes, shared):
+        def local(x, w, dout, sizes, shared):
+            own = grouped_matmul(x, w, sizes)
+            same = grouped_matmul(x, shared, sizes)
+            return jax.lax.psum(jnp.sum((own + same) * dout), "expert")
+
+        whole = jax.sharding.PartitionSpec()
+        specs = (split, split, split, split, whole)
+        return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=whole)(x, w, dout, sizes, shared)
+
+    shared = w[:3]
+    dw, dshared = jax.jit(jax.grad(loss, argnums=(1, 4)))(x, w[:6], dout, sizes, shared)
+    x64, d64, ends = np.asarray(x, np.float64), np.asarray(dout, np.float64), np.cumsum([5, 0, 15, 7, 3, 10])
+    want = np.stack([x64[e - s : e].T @ d64[e - s : e] for e, s in zip(ends, sizes, strict=True)])
+    # Float32 sums of at most 40 products of unit variance.
+    np.testing.assert_allclose(dw, want, atol=2e-5)
+    np.testing.assert_allclose(dshared, want[:3] + want[3:], atol=2e-5)
+
+
+@needs_mosaic_gpu
+def test_gpu_kernels_lower_inside_shard_map():
+    mesh = jax.make_mesh((2,), ("expert",), axis_types=(jax.sharding.AxisType.Auto,))
+    split = jax.sharding.PartitionSpec("expert")
+
+    def loss(x, w, sizes):
+        return jnp.sum(grouped_matmul(x, w, sizes, out_dtype=jnp.float32))[None]
+
+    def gradients(x, w, sizes):
+        return jax.grad(lambda x, w: loss(x, w, sizes)[0], argnums=(0, 1))(x, w)
+
+    with target_platform("gpu"):
+        sharded = jax.shard_map(gradients, mesh=mesh, in_specs=(split,) * 3, out_specs=split)
+        assert "mosaic_gpu" in _lowered(sharded, *_shapes(128, 64, 64, 4))
