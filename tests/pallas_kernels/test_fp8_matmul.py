@@ -22,13 +22,17 @@ needs_mosaic_gpu = pytest.mark.skipif(
 SIZES = (5, 0, 17, 1, 130, 0)
 PAST = 6
 
+# Compiled whole: op by op they take many times longer to compile.
+_rows, _columns, _blocks = jax.jit(quantize_rows), jax.jit(quantize_columns), jax.jit(quantize_blocks)
+_dequantized, _product = jax.jit(dequantize), jax.jit(fp8_matmul, static_argnames="out_dtype")
+
 
 def _normal(*shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
 def _float64(x: Quantized):
-    return np.asarray(dequantize(x), np.float64)
+    return np.asarray(_dequantized(x), np.float64)
 
 
 def _close(got, left, right):
@@ -40,18 +44,18 @@ def _close(got, left, right):
 @pytest.mark.parametrize("wgrad", [False, True])
 @pytest.mark.parametrize(("m", "n", "k"), [(32, 136, 256), (7, 20, 130), (1, 1, 1)])
 def test_products_of_the_dequantised_operands(m, n, k, wgrad):
-    a, b = quantize_rows(_normal(m, k)), (quantize_rows if wgrad else quantize_blocks)(_normal(n, k, seed=1))
-    out = fp8_matmul(a, b, out_dtype=jnp.float32)
+    a, b = _rows(_normal(m, k)), (_rows if wgrad else _blocks)(_normal(n, k, seed=1))
+    out = _product(a, b, out_dtype=jnp.float32)
     _close(out, _float64(a), _float64(b))
-    rounded = fp8_matmul(a, b)
+    rounded = _product(a, b)
     assert rounded.dtype == jnp.bfloat16
     np.testing.assert_array_equal(rounded, out.astype(jnp.bfloat16))
-    np.testing.assert_allclose(fp8_matmul(a, b, out_dtype=jnp.float32, accumulate=out), 2 * out, rtol=1e-6)
+    np.testing.assert_allclose(_product(a, b, out_dtype=jnp.float32, accumulate=out), 2 * out, rtol=1e-6)
 
 
 def test_quantisation_error_is_that_of_e4m3():
     a, b = _normal(64, 512), _normal(64, 512, seed=1)
-    out = fp8_matmul(quantize_rows(a), quantize_blocks(b), out_dtype=jnp.float32)
+    out = _product(_rows(a), _blocks(b), out_dtype=jnp.float32)
     want = np.asarray(a, np.float64) @ np.asarray(b, np.float64).T
     # Three bits of mantissa: 2^-4 / sqrt(3) at most, about 0.026 an operand on normal numbers.
     assert 0.02 < np.linalg.norm(out - want) / np.linalg.norm(want) < 0.05
@@ -59,8 +63,10 @@ def test_quantisation_error_is_that_of_e4m3():
 
 def test_grouped():
     rows = sum(SIZES) + PAST
-    x, w = quantize_rows(_normal(rows, 200)), quantize_blocks(_normal(len(SIZES), 40, 200, seed=1))
-    out = fp8_grouped_matmul(x, w, jnp.asarray(SIZES, jnp.int32), out_dtype=jnp.float32)
+    x, w = _rows(_normal(rows, 200)), _blocks(_normal(len(SIZES), 40, 200, seed=1))
+    out = jax.jit(fp8_grouped_matmul, static_argnames="out_dtype")(
+        x, w, jnp.asarray(SIZES, jnp.int32), out_dtype=jnp.float32
+    )
     x64, w64, start = _float64(x), _float64(w), 0
     for g, size in enumerate(SIZES):
         _close(out[start : start + size], x64[start : start + size], w64[g])
@@ -71,8 +77,8 @@ def test_grouped():
 def test_grouped_wgrad():
     rows, sizes = sum(SIZES) + PAST, jnp.asarray(SIZES, jnp.int32)
     x, dout = _normal(rows, 24), _normal(rows, 40, seed=1)
-    qx, qd = quantize_columns(x, sizes), quantize_columns(dout, sizes)
-    out = fp8_grouped_wgrad(qx, qd, sizes)
+    qx, qd = _columns(x, sizes), _columns(dout, sizes)
+    out = jax.jit(fp8_grouped_wgrad)(qx, qd, sizes)
     assert out.dtype == jnp.float32 and out.shape == (len(SIZES), 24, 40)
     x64, d64, at, start = _float64(qx), _float64(qd), 0, 0
     for g, size in enumerate(SIZES):

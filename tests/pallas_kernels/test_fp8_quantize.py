@@ -23,6 +23,14 @@ needs_mosaic_gpu = pytest.mark.skipif(
 )
 ON_GPU = jax.default_backend() == "gpu"
 
+# Compiled whole: op by op they take many times longer to compile.
+_OPTIONS = ("power_of_two", "dtype", "swiglu")
+_rows = jax.jit(quantize_rows, static_argnames=_OPTIONS)
+_columns = jax.jit(quantize_columns)
+_blocks = jax.jit(quantize_blocks)
+_dequantized = jax.jit(dequantize)
+_there_and_back = jax.jit(lambda x: unpack_e5m6(pack_e5m6(x), jnp.float32))
+
 
 def _operand(rows, k, seed=0, dtype=jnp.float32):
     x = np.random.default_rng(seed).standard_normal((rows, k)) * 3
@@ -44,7 +52,7 @@ def _check_rounding(quantised, x, top, dtype=jnp.float8_e4m3fn):
     scale, x = top / float(info.max), np.asarray(x, np.float64)
     half_step = np.maximum(np.abs(x) * 2.0 ** -(info.nmant + 1), scale * float(info.smallest_subnormal) / 2)
     # Beside the half step: float32 rounds the inverse, the product and the scale, 2^-24 each.
-    error = np.abs(np.asarray(dequantize(quantised), np.float64) - x)
+    error = np.abs(np.asarray(_dequantized(quantised), np.float64) - x)
     assert np.all(error <= half_step * (1 + 1e-6) + 4 * 2.0**-24 * np.abs(x))
 
 
@@ -52,7 +60,7 @@ def _check_rounding(quantised, x, top, dtype=jnp.float8_e4m3fn):
 @pytest.mark.parametrize(("rows", "k"), [(5, 256), (7, 200), (1, 3)])
 def test_rows(rows, k, dtype):
     x = _operand(rows, k)
-    quantised = quantize_rows(x, dtype=dtype)
+    quantised = _rows(x, dtype=dtype)
     assert quantised.values.dtype == dtype and quantised.scales.shape == (-(-k // 128), rows)
     _check_rounding(quantised, x, _tiles(x), dtype)
 
@@ -60,21 +68,21 @@ def test_rows(rows, k, dtype):
 @pytest.mark.parametrize("k", [256, 100])
 def test_power_of_two_scales(k):
     x = _operand(6, k)
-    quantised = quantize_rows(x, power_of_two=True)
+    quantised = _rows(x, power_of_two=True)
     mantissa, _ = np.frexp(np.asarray(quantised.scales))
     assert np.all(mantissa == 0.5)
     needed = _tiles(x)[:, ::128].T / 448
     assert np.all((np.asarray(quantised.scales) >= needed) & (np.asarray(quantised.scales) < 2 * needed))
     _check_rounding(quantised, x, 2 * _tiles(x))
     exact = 2.0 ** np.arange(-4, 4)[None, :] * np.ones((2, 1))  # Powers of two survive.
-    np.testing.assert_array_equal(dequantize(quantize_rows(jnp.asarray(exact), power_of_two=True)), exact)
+    np.testing.assert_array_equal(_dequantized(_rows(jnp.asarray(exact), power_of_two=True)), exact)
 
 
 def test_columns_are_rows_of_the_transpose():
     x = _operand(300, 40)
-    quantised = quantize_columns(x)
+    quantised = _columns(x)
     assert quantised.values.shape == (40, 384) and quantised.scales.shape == (3, 40)
-    want = quantize_rows(jnp.pad(x, ((0, 84), (0, 0))).T)
+    want = _rows(jnp.pad(x, ((0, 84), (0, 0))).T)
     for got, expected in zip(quantised, want, strict=True):
         np.testing.assert_array_equal(got, expected)
 
@@ -83,10 +91,10 @@ def test_columns_are_rows_of_the_transpose():
 def test_columns_of_groups_start_at_multiples_of_128(requantise):
     sizes = (5, 0, 128, 130, 1)
     x = _operand(sum(sizes) + 9, 24)
-    operand = quantize_rows(x) if requantise else x
-    plain = np.asarray(dequantize(operand) if requantise else x)
-    quantised = quantize_columns(operand, jnp.asarray(sizes, jnp.int32))
-    back = np.asarray(dequantize(quantised))
+    operand = _rows(x) if requantise else x
+    plain = np.asarray(_dequantized(operand) if requantise else x)
+    quantised = _columns(operand, jnp.asarray(sizes, jnp.int32))
+    back = np.asarray(_dequantized(quantised))
     assert back.shape == (24, padded_rows(x.shape[0], len(sizes)))
     at, row = 0, 0
     for size in sizes:
@@ -109,7 +117,7 @@ def test_columns_of_groups_start_at_multiples_of_128(requantise):
 @pytest.mark.parametrize("shape", [(256, 384), (130, 100), (3, 140, 256)])
 def test_blocks(shape):
     w = jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32)
-    quantised = quantize_blocks(w)
+    quantised = _blocks(w)
     assert quantised.scales.shape == (*shape[:-2], -(-shape[-2] // 128), -(-shape[-1] // 128))
     for index in np.ndindex(*shape[:-2]):
         matrix = np.asarray(w[index])
@@ -118,7 +126,7 @@ def test_blocks(shape):
             for j in range(0, shape[-1], 128):
                 top[i : i + 128, j : j + 128] = np.abs(matrix[i : i + 128, j : j + 128]).max()
         _check_rounding(Quantized(quantised.values[index], quantised.scales[index]), matrix, top)
-    other = quantize_blocks(w.swapaxes(-1, -2))
+    other = _blocks(w.swapaxes(-1, -2))
     np.testing.assert_array_equal(other.values.swapaxes(-1, -2), quantised.values)
     np.testing.assert_array_equal(other.scales.swapaxes(-1, -2), quantised.scales)
 
@@ -127,12 +135,12 @@ def test_swiglu():
     x = _operand(6, 512) / 10
     gate, up = np.split(np.asarray(x, np.float64), 2, axis=1)
     want = gate * up * (1 + np.tanh(gate / 2)) / 2  # The logistic function without overflow.
-    got = quantize_rows(x, swiglu=True)
+    got = _rows(x, swiglu=True)
     assert got.values.shape == (6, 256)
     scale = _tiles(want) / 448
     # Half a step of E4M3, and float32's own rounding of silu and the product.
     assert np.all(
-        np.abs(dequantize(got) - want)
+        np.abs(_dequantized(got) - want)
         <= np.maximum(np.abs(want) * 2**-4, scale * 2**-10) * (1 + 1e-4) + 1e-30
     )
 
@@ -141,7 +149,7 @@ def test_swiglu():
 def test_the_edges(power_of_two):
     x = jnp.ones((6, 256)).at[0].set(0).at[1, 3].set(jnp.inf).at[2, 200].set(jnp.nan).at[3].set(1e-45)
     x = x.at[4, 0].set(3e38)
-    back = np.asarray(dequantize(quantize_rows(x, power_of_two=power_of_two)))
+    back = np.asarray(_dequantized(_rows(x, power_of_two=power_of_two)))
     assert np.all(back[0] == 0) and np.all(back[3] == 0)
     assert np.isnan(back[1, :128]).all() and np.all(back[1, 128:] == 1)
     assert np.isnan(back[2, 128:]).all() and np.all(back[2, :128] == 1)
@@ -155,12 +163,12 @@ def test_e5m6_is_the_nearest_of_all_4096():
     finite = np.sort(numbers[np.isfinite(numbers)])
     rng = np.random.default_rng(0)
     x = np.concatenate([finite, rng.standard_normal(2000), rng.standard_normal(2000) * 1e-5, [65500.0, -0.0]])
-    got = np.asarray(unpack_e5m6(pack_e5m6(jnp.asarray(x, jnp.float32)), jnp.float32), np.float64)
+    got = np.asarray(_there_and_back(jnp.asarray(x, jnp.float32)), np.float64)
     distance = np.abs(np.float32(x).astype(np.float64)[:, None] - finite[None, :]).min(1)
     inside = np.abs(x) < 65280  # Half a step above the largest finite number, 65,024.
     np.testing.assert_array_equal(np.abs(got - np.float32(x))[inside], distance[inside])
     assert np.all(np.isinf(got[~inside]))
-    special = unpack_e5m6(pack_e5m6(jnp.asarray([jnp.inf, -jnp.inf, jnp.nan, 0.0])))
+    special = _there_and_back((jnp.asarray([jnp.inf, -jnp.inf, jnp.nan, 0.0])))
     assert np.isinf(special[:2].astype(np.float32)).all() and special[0] > 0 > special[1]
     assert np.isnan(np.float32(special[2])) and special[3] == 0
     assert pack_e5m6(jnp.zeros((2, 8))).shape == (2, 12)
@@ -169,7 +177,7 @@ def test_e5m6_is_the_nearest_of_all_4096():
 def test_e5m6_ties_go_to_even():
     step = 2.0**-6
     x = jnp.asarray([1 + step / 2, 1 + 3 * step / 2], jnp.float32)
-    np.testing.assert_array_equal(unpack_e5m6(pack_e5m6(x), jnp.float32), [1, 1 + 2 * step])
+    np.testing.assert_array_equal(_there_and_back(x), [1, 1 + 2 * step])
 
 
 def test_bad_calls_are_refused_with_the_reason():
