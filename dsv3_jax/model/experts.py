@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.model.layers import swiglu
+from dsv3_jax.model.layers import recompute, swiglu
 from dsv3_jax.parallel.mesh import current_mesh, spec
 from pallas_kernels import grouped_matmul
 
@@ -85,6 +85,12 @@ def _sort_gates_bwd(to, dsorted):
 sort_gates.defvjp(_sort_gates_fwd, _sort_gates_bwd)
 
 
+@recompute
+def _weigh(hidden: Float[Array, "copies two_f"], gates: Float[Array, " copies"]) -> Float[Array, "copies f"]:
+    """The activations of each row times its gate, the product in float32."""
+    return (swiglu(hidden).astype(jnp.float32) * gates[:, None]).astype(hidden.dtype)
+
+
 def experts_on_rows(
     x: Float[Array, "tokens d"],
     indices: Int[Array, "tokens top_k"],
@@ -103,11 +109,9 @@ def experts_on_rows(
     with jax.named_scope("expert_gate_up"):
         hidden = grouped_matmul(rows, gate_up.astype(x.dtype), to.group_sizes, implementation=implementation)
     hidden = checkpoint_name(hidden, "expert_gate_up")
-    weighted = swiglu(hidden).astype(jnp.float32) * sort_gates(gates, to)[:, None]
+    weighted = _weigh(hidden, sort_gates(gates, to))
     with jax.named_scope("expert_down"):
-        out = grouped_matmul(
-            weighted.astype(x.dtype), down.astype(x.dtype), to.group_sizes, implementation=implementation
-        )
+        out = grouped_matmul(weighted, down.astype(x.dtype), to.group_sizes, implementation=implementation)
     return combine(out, to)
 
 
