@@ -26,4 +26,6 @@ def pytest_configure(config):
     settings.register_profile("compiles", deadline=None, print_blob=True)
     settings.load_profile("compiles")
     # Every array signature is checked, shapes and dtypes, whenever a test calls or traces it.
-    install_import_hook(["dsv3_jax.model", "dsv3_jax.training", "pallas_kernels"], "beartype.beartype")
+    arrays = ["losses", "step", "state", "optimizer", "ema", "throughput"]
+    packages = ["dsv3_jax.model", "dsv3_jax.parallel", "pallas_kernels"]
+    install_import_hook([*packages, *(f"dsv3_jax.training.{name}" for name in arrays)], "beartype.beartype")

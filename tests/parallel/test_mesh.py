@@ -1,0 +1,60 @@
+"""Mesh shapes, and how arrays are laid out over the axes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from dsv3_jax.config import MeshConfig
+from dsv3_jax.parallel import mesh as meshes
+
+
+@pytest.mark.parametrize(
+    ("data", "expert", "devices", "expected"),
+    [(-1, 1, 8, (8, 1)), (-1, 4, 8, (2, 4)), (2, -1, 8, (2, 4)), (1, 1, 8, (1, 1)), (2, 2, 4, (2, 2))],
+)
+def test_shapes(data, expert, devices, expected):
+    assert meshes.mesh_shape(MeshConfig(data=data, expert=expert), devices) == expected
+
+
+@pytest.mark.parametrize(("data", "expert"), [(16, 1), (4, 4), (-1, 16)])
+def test_a_mesh_larger_than_the_devices_is_refused(data, expert):
+    with pytest.raises(ValueError, match=f"data={data} x expert={expert} does not fit 8 devices"):
+        meshes.make_mesh(MeshConfig(data=data, expert=expert))
+
+
+def test_first_devices_in_order():
+    mesh = meshes.make_mesh(MeshConfig(data=2, expert=2))
+    assert mesh.axis_names == ("data", "expert")
+    assert [d.id for d in mesh.devices.flat] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("names", "shape", "over_data", "expected"),
+    [
+        (("layers", "experts", "embed", "mlp"), (8, 4, 16, 32), False, (None, ("expert",), None, None)),
+        (("layers", "experts", "embed", "mlp"), (8, 4, 16, 32), True, (None, ("expert",), None, ("data",))),
+        (("embed", "heads", "head"), (16, 3, 7), True, (("data",), None, None)),  # 2 divides 16 alone.
+        (("layers", "norm"), (8, 7), True, (None, None)),  # Never layers; and 2 does not divide 7.
+        ((None, "norm"), (6, 4), True, (("data",), None)),  # The larger one.
+    ],
+)
+def test_layout_of_parameters(names, shape, over_data, expected):
+    mesh = meshes.make_mesh(MeshConfig(data=2, expert=4))
+    assert meshes.state_spec(names, shape, mesh, over_data) == PartitionSpec(*expected)
+
+
+def test_activations_are_split_over_both_axes():
+    mesh = meshes.make_mesh(MeshConfig(data=2, expert=4))
+    x = jnp.arange(16.0).reshape(8, 2)
+    assert meshes.constrain(x, "batch", None) is x and meshes.current_mesh() is None  # No mesh: no change.
+    with meshes.use_mesh(mesh):
+        assert meshes.current_mesh() is mesh
+        split = jax.jit(lambda x: meshes.constrain(x * 1, "batch", None))(x)
+    assert meshes.current_mesh() is None
+    rows = {s.device.id: np.asarray(s.data) for s in split.addressable_shards}
+    for device in range(8):
+        np.testing.assert_array_equal(rows[device], x[device : device + 1])
+    with meshes.use_mesh(meshes.make_mesh(MeshConfig(data=1, expert=1))):
+        assert meshes.current_mesh() is None  # One device needs no layout.

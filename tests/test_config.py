@@ -1,0 +1,359 @@
+"""Configurations: bad ones are refused whole and early, good ones train, and every field is read."""
+
+import ast
+import dataclasses
+import os
+import subprocess
+import sys
+import typing
+import warnings
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import train
+from dsv3_jax import config as sections
+from dsv3_jax.config import Config, config_dict
+from dsv3_jax.config_checks import ConfigError, check_mesh, override, typed
+from dsv3_jax.parallel.mesh import make_mesh
+from dsv3_jax.training.state import abstract_state, init_state
+from dsv3_jax.training.step import Schedules, batch_sharding, make_train_step
+
+ROOT = Path(__file__).parent.parent
+TINY = f"--config={ROOT}/configs/tiny.py"
+
+# What is asked for, and the start of the line that must answer: field, value, and what to do about it.
+BAD = {
+    "unknown key": (
+        ["model.n_layer=3"],
+        ["model.n_layer = '3': unknown field; did you mean model.n_layers?"],
+    ),
+    "wrong type": (["train.steps=many"], ["train.steps = 'many': must be a whole number, for example"]),
+    "a list of the wrong things": (
+        ["optimizer.milestones=['x']"],
+        ["optimizer.milestones = ['x']: must be a list"],
+    ),
+    "heads that do not divide": (
+        ["model.attention.kind=gqa", "model.attention.n_kv_heads=3"],
+        ["model.attention.n_kv_heads = 3: must divide model.attention.n_heads = 4"],
+    ),
+    "odd rotated width": (
+        ["model.attention.qk_rope_head_dim=15"],
+        ["model.attention.qk_rope_head_dim = 15: RoPE turns pairs, so it must be even"],
+    ),
+    "ranks above the width": (
+        ["model.attention.q_lora_rank=129", "model.attention.kv_lora_rank=500"],
+        ["model.attention.q_lora_rank = 129: ", "model.attention.kv_lora_rank = 500: "],
+    ),
+    "top_k above the experts": (
+        ["model.moe.top_k=17", "model.moe.n_groups=1", "model.moe.topk_groups=1"],
+        ["model.moe.top_k = 17: at most n_experts = 16"],
+    ),
+    "top_k above the groups": (["model.moe.top_k=9"], ["model.moe.top_k = 9: at most 8: topk_groups = 2 "]),
+    "groups that do not divide": (
+        ["model.moe.n_groups=3"],
+        ["model.moe.n_groups = 3: must divide n_experts = 16"],
+    ),
+    "choices": (
+        ["model.attention.kind=mla2", "mesh.sharding=all", "model.moe.implementation=fast"],
+        [
+            "model.attention.kind = 'mla2': choose one of mla, mha, gqa, mqa",
+            "mesh.sharding = 'all': choose one of replicated, zero1, fsdp",
+            "model.moe.implementation = 'fast': choose one of auto, ",
+        ],
+    ),
+    "mesh larger than the devices": (
+        ["mesh.data=4", "mesh.expert=4"],
+        ["mesh.data = 4: mesh 4 x 4 does not fit 8"],
+    ),
+    "batch that does not divide": (
+        ["mesh.data=3"],
+        ["train.batch_size = 8: a micro-batch of 8 sequences must divide"],
+    ),
+    "missing file": (["data.source=files:/nowhere/*.txt"], ["data.source = 'files:/nowhere/*.txt': "]),
+    "missing tokenizer": (["data.tokenizer=/nowhere/t.json"], ["data.tokenizer = '/nowhere/t.json': "]),
+    "tokenizer larger than the vocabulary": (
+        ["model.vocab_size=100"],
+        ["model.vocab_size = 100: the tokenizer 'byte' has "],
+    ),
+}
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys, tmp_path):
+    """Runs the command line up to the training itself, which must not be reached; returns what it prints."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.94")
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    monkeypatch.setattr(jax, "jit", None)  # Nothing is compiled.
+
+    def run(*arguments, workdir=tmp_path / "work"):
+        with pytest.raises(SystemExit) as stopped:
+            train.parse([TINY, f"--workdir={workdir}", *arguments])
+        assert stopped.value.code == 2
+        assert not workdir.exists()
+        return capsys.readouterr().err.splitlines()
+
+    return run
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_each_kind_of_bad_configuration(refused, kind):
+    changes, expected = BAD[kind]
+    title, *lines = refused(*(f"--config.{change}" for change in changes))
+    assert title == f"{len(expected)} problem{'s' * (len(expected) > 1)} in the configuration:"
+    for line, start in zip(sorted(lines), sorted(expected), strict=True):
+        assert line.startswith("  " + start) and len(line.split(": ", 1)[1]) > 5
+
+
+def test_a_workdir_that_cannot_be_written(refused, tmp_path):
+    (tmp_path / "file").write_text("")
+    title, line = refused(workdir=tmp_path / "file" / "run")
+    assert line == f"  workdir = '{tmp_path}/file/run': {tmp_path}/file is not a directory; choose another"
+
+
+def test_all_problems_come_in_one_message(refused, tmp_path):
+    (tmp_path / "file").write_text("")
+    kinds = ["unknown key", "odd rotated width", "top_k above the groups", "mesh larger than the devices"]
+    kinds += ["missing file", "missing tokenizer"]
+    changes = [f"--config.{change}" for kind in kinds for change in BAD[kind][0]]
+    title, *lines = refused(
+        *changes, "--config.model.d_model", "0", "stray", workdir=tmp_path / "file" / "run"
+    )
+    found = "\n".join(lines)
+    for kind in kinds:
+        assert all("  " + start in found for start in BAD[kind][1]), kind
+    assert "  model.d_model = 0: must be at least 1" in found
+    assert "  stray = '': expected --config.FIELD=VALUE" in found and "  workdir = " in found
+    assert title.startswith(f"{len(lines)} problems")
+
+
+def test_a_missing_config_file_and_the_exit_code_of_the_process(tmp_path):
+    command = [sys.executable, "train.py", "--config=nowhere.py"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HOME": str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert (
+        "config = 'nowhere.py': no such file; there are " in done.stderr and "configs/tiny.py" in done.stderr
+    )
+
+
+def test_values_of_the_command_line():
+    tree = config_dict()
+    text = [
+        "train.steps=1e3",
+        "optimizer.milestones=(0.5,1)",
+        "model.tie_embeddings=true",
+        "data.tokenizer=7x",
+    ]
+    assert override(tree, text) == []
+    config = typed(tree, further=lambda config: ())
+    assert config.train.steps == 1000 and type(config.train.steps) is int
+    assert config.optimizer.milestones == (0.5, 1.0) and config.model.tie_embeddings is True
+    assert config.data.tokenizer == "7x"
+    assert typed(config_dict()) == Config()  # Nothing asked for: the defaults.
+
+
+# ------------------------------------------------------------------------------- random configurations
+
+SPACE = {
+    "model.d_model": [8, 16, 7, 0],
+    "model.n_layers": [1, 2],
+    "model.tie_embeddings": [False, True],
+    "model.attention.kind": ["mla", "mla", "mha", "gqa", "mqa", "none"],
+    "model.attention.n_heads": [2, 4, 4],
+    "model.attention.n_kv_heads": [1, 2, 3],
+    "model.attention.q_lora_rank": [0, 4, 4, 64],
+    "model.attention.kv_lora_rank": [4, 6],
+    "model.attention.qk_rope_head_dim": [2, 4, 4, 3],
+    "model.rope.yarn_factor": [1.0, 4.0, 4.0, 0.5],
+    "model.rope.interleaved": [True, False],
+    "model.moe.n_dense_layers": [0, 1, 2],
+    "model.moe.n_experts": [4, 8, 8, 6],
+    "model.moe.top_k": [1, 2, 4, 2],
+    "model.moe.n_groups": [1, 2, 4],
+    "model.moe.topk_groups": [1, 1, 2],
+    "model.moe.n_shared": [0, 1, 2],
+    "model.moe.gate": ["sigmoid", "softmax"],
+    "model.moe.group_score": ["top2_sum", "max", "max"],
+    "model.moe.communication_loss": [0.0, 0.1],
+    "model.mtp.depth": [0, 1, 2, 4],
+    "model.mtp.kind": ["sequential", "parallel"],
+    "optimizer.moment_dtype": ["float32", "bfloat16"],
+    "optimizer.clip_norm": [0.0, 1.0],
+    "train.seq_len": [4, 4, 6],
+    "train.batch_size": [8, 16, 12],
+    "train.micro_batch_size": [0, 8, 8, 5],
+    "train.ramp_start_batch": [0, 8],
+    "train.ramp_until": [0.5, 0.5, 0.0],
+    "train.precision": ["bf16", "fp32"],
+    "train.remat": ["none", "full", "dots", "v3"],
+    "train.loss_chunk": [0, 2, 2, 3],
+    "data.mask_documents": [False, True],
+    "mesh.data": [1, 2, -1, -1],
+    "mesh.expert": [1, 2, 4, -1],
+    "mesh.sharding": ["replicated", "zero1", "fsdp"],
+}
+FIXED = {
+    "model.vocab_size": 16,
+    "model.d_ff": 8,
+    "model.attention.qk_nope_head_dim": 4,
+    "model.attention.v_head_dim": 4,
+    "model.attention.head_dim": 4,
+    "model.moe.d_ff_expert": 4,
+}
+
+
+def config_of(values):
+    """The configuration, or None when it is refused with a reason for every problem."""
+    tree = config_dict()
+    assert override(tree, (f"{path}={value}" for path, value in (FIXED | values).items())) == []
+    try:
+        return typed(tree, further=lambda config: check_mesh(config, 8))
+    except ConfigError as error:
+        assert error.problems and all(
+            problem.fix and problem.field in str(error) for problem in error.problems
+        )
+        return None
+
+
+def batch_shapes(config):
+    train = config.train
+    micro = train.micro_batch_size or train.batch_size
+    shape = (train.batch_size // micro, micro, train.seq_len)
+    batch_sharding(make_mesh(config.mesh)).shard_shape(shape)  # Raises if it does not divide.
+    names = ("tokens", "targets", "positions", "segment_ids")
+    return {name: np.zeros(shape, np.int32) for name in names} | {"loss_mask": np.ones(shape, bool)}
+
+
+RATES = Schedules(*np.float32((1e-2, 1e-3, 0.3)))
+
+
+@settings(max_examples=25, derandomize=True)
+@given(st.fixed_dictionaries({path: st.sampled_from(values) for path, values in SPACE.items()}))
+def test_a_random_configuration_is_refused_or_has_a_step(values):
+    config = config_of(values)
+    if config is None:
+        return
+    mesh, batch = make_mesh(config.mesh), batch_shapes(config)
+    state = abstract_state(config, mesh)
+    count = np.int32(len(batch["tokens"]))
+    after, metrics = jax.eval_shape(make_train_step(config, mesh), state, batch, count, RATES)
+    before = jax.tree.map(lambda x: (x.shape, x.dtype), state)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == before
+    assert metrics.losses.mtp_loss.shape == (config.model.mtp.depth,)
+
+
+def random_valid(seed):
+    rng = np.random.default_rng(seed)
+    while True:
+        config = config_of({path: values[rng.integers(len(values))] for path, values in SPACE.items()})
+        if config is not None:
+            return config
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_random_valid_configurations_train_a_step(seed):
+    config = random_valid(seed)
+    mesh, batch = make_mesh(config.mesh), batch_shapes(config)
+    state = init_state(config, mesh)
+    before = np.asarray(state.params["embedding"])
+    state, metrics = make_train_step(config, mesh)(state, batch, np.int32(len(batch["tokens"])), RATES)
+    assert metrics.finite and np.isfinite(metrics.losses.loss)
+    assert np.any(np.asarray(state.params["embedding"]) != before)
+
+
+def test_both_outcomes_are_common():
+    rng = np.random.default_rng(0)
+    found = [config_of({path: v[rng.integers(len(v))] for path, v in SPACE.items()}) for _ in range(300)]
+    assert 0.03 < np.mean([config is not None for config in found]) < 0.97
+
+
+# ----------------------------------------------------------------------------------- every field is read
+
+SECTIONS = {name: cls for name, cls in vars(sections).items() if dataclasses.is_dataclass(cls)}
+
+
+class Reads(ast.NodeVisitor):
+    """Attributes of configuration sections that a module reads, found by following annotations."""
+
+    def __init__(self, found, attributes):
+        self.found, self.attributes = found, attributes  # {(section, field)}; {(class, attribute): section}
+        self.scopes, self.classes = [{}], []
+
+    def kind(self, node):
+        """The section (or annotated class) that an expression is, recording the fields read on the way."""
+        if isinstance(node, ast.Name):
+            return next((scope[node.id] for scope in reversed(self.scopes) if node.id in scope), None)
+        if isinstance(node, ast.Attribute):
+            owner = self.kind(node.value)
+            if owner in SECTIONS:
+                self.found.add((owner, node.attr))
+                hint = typing.get_type_hints(SECTIONS[owner]).get(node.attr)
+                return getattr(hint, "__name__", None)
+            return self.attributes.get((owner, node.attr))
+        return None
+
+    def visit_Attribute(self, node):
+        self.kind(node)
+        self.generic_visit(node)
+
+    def visit_ClassDef(self, node):
+        self.classes.append(node.name)
+        for item in node.body:
+            if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
+                self.attributes[node.name, item.target.id] = ast.unparse(item.annotation)
+        self.generic_visit(node)
+        self.classes.pop()
+
+    def visit_FunctionDef(self, node):
+        arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        scope = {a.arg: ast.unparse(a.annotation).strip("'\"") for a in arguments if a.annotation}
+        if self.classes and arguments and arguments[0].arg == "self":
+            scope["self"] = self.classes[-1]
+        for a in arguments:  # train.py is a script, with few annotations.
+            if a.arg == "config" and a.annotation is None:
+                scope["config"] = "Config"
+        self.scopes.append(scope)
+        self.generic_visit(node)
+        self.scopes.pop()
+
+    def visit_Assign(self, node):
+        (target, *_), value = node.targets, node.value
+        pairs = [(target, value)]
+        if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
+            pairs = list(zip(target.elts, value.elts, strict=True))
+        for left, right in pairs:
+            if isinstance(left, ast.Name):
+                self.scopes[-1][left.id] = self.kind(right)
+            elif isinstance(left, ast.Attribute) and isinstance(left.value, ast.Name) and self.classes:
+                self.attributes[self.classes[-1], left.attr] = self.kind(right)
+        self.generic_visit(node)
+
+
+def fields_read():
+    sources = [ROOT / "train.py", *(ROOT / "dsv3_jax").rglob("*.py")]
+    trees = [ast.parse(path.read_text("utf-8")) for path in sources if "config" not in path.stem]
+    found, attributes = set(), {}
+    for _ in range(2):  # Twice: a class may be used before the file that declares it is reached.
+        for tree in trees:
+            Reads(found, attributes).visit(tree)
+    return found
+
+
+def test_every_field_is_read_outside_the_checks():
+    found = fields_read()
+    fields = {(name, f.name) for name, cls in SECTIONS.items() for f in dataclasses.fields(cls)}
+    assert sorted(fields - found) == []
+    assert found <= fields  # A misread type would show here as a field that no section has.
+
+
+def test_a_field_that_nothing_reads_would_be_seen():
+    source = "def f(config: Config):\n    moe = config.model.moe\n    return moe.top_k, other.n_experts\n"
+    found = set()
+    Reads(found, {}).visit(ast.parse(source))
+    assert found == {("Config", "model"), ("ModelConfig", "moe"), ("MoEConfig", "top_k")}
