@@ -78,7 +78,7 @@ def typed(
     if not wrong_types:  # Relations mean nothing where a field's value is not even known.
         found += [*check(config), *further(config)]
     if found:
-        raise ConfigError(dict.fromkeys(found))
+        raise ConfigError(problem for i, problem in enumerate(found) if problem not in found[:i])
     return config
 
 

@@ -50,7 +50,7 @@ def flops_per_token(config: Config, params: Any) -> float:
         widths = a.qk_nope_head_dim + a.qk_rope_head_dim + a.v_head_dim
     layers = model.n_layers + model.mtp.depth
     attention = 3 * config.train.seq_len * a.n_heads * widths * layers
-    return 6 * active_parameters(model, params) + attention
+    return 6.0 * active_parameters(model, params) + attention
 
 
 def peak_flops(devices: list[Any]) -> float | None:
