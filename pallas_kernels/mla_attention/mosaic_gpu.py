@@ -1,6 +1,6 @@
-"""Attention for Hopper GPUs in Pallas Mosaic GPU: which calls it takes, padding, and which blocks are visible.
+"""Attention for Hopper GPUs in Pallas Mosaic GPU: which calls it takes, padding, the order of the kernels.
 
-The kernels are in `mosaic_gpu_forward` and `mosaic_gpu_backward`.
+The kernels are in `mosaic_gpu_forward`, `mosaic_gpu_backward` (dK, dV) and `mosaic_gpu_queries` (dQ).
 """
 
 import functools
@@ -19,7 +19,7 @@ def unsupported(q, k, v, k_rope, q_segments, kv_segments, *, causal) -> str | No
     """Why this implementation cannot run the call, with the nearest supported choice."""
     del k_rope, q_segments, kv_segments, causal
     if jax.__version_info__ < MINIMUM_JAX:
-        return f"JAX {jax.__version__} is older than 0.11.2; install the gpu extra, or use 'cudnn' or 'chunked'"
+        return f"JAX {jax.__version__} is older than 0.11.2; install the gpu extra, or use 'chunked'"
     if implementations.platform() != "gpu":
         return "it is written for Hopper GPUs; use 'chunked' or 'reference'"
     if not _on_hopper():
@@ -48,74 +48,15 @@ def _on_hopper() -> bool:
     return all(device.compute_capability == "9.0" for device in _gpus())
 
 
-def multiprocessors() -> int:
+def _multiprocessors() -> int:
     return _gpus()[0].core_count if _gpus() else _MULTIPROCESSORS
 
 
-def visible_blocks(q_segments, kv_segments, *, q_len, kv_len, q_block, kv_block, causal):
-    """Which pairs of a query block and a key block are visible at all, and which wholly.
-
-    Returns:
-      Two bool arrays `[batch or 1, query blocks, key blocks]`.
-    """
-    q_blocks, kv_blocks = -(-q_len // q_block), -(-kv_len // kv_block)
-    first_row = jnp.arange(q_blocks)[:, None] * q_block + kv_len - q_len  # The last key its first query sees.
-    first_column = jnp.arange(kv_blocks) * kv_block
-    some = jnp.ones((1, q_blocks, kv_blocks), bool)
-    whole = some & (first_column + kv_block <= kv_len)
-    if causal:
-        some &= first_column < first_row + q_block
-        whole &= first_column + kv_block - 1 <= first_row
-    if q_segments is not None:
-        q_low, q_high = _extremes(q_segments, q_block)
-        kv_low, kv_high = (x[:, None] for x in _extremes(kv_segments, kv_block))
-        q_low, q_high = q_low[..., None], q_high[..., None]
-        some &= (kv_low <= q_high) & (kv_high >= q_low)
-        whole &= (q_low == q_high) & (kv_low == kv_high) & (q_low == kv_low)
-    return some, whole
-
-
-def _extremes(segments, block):
-    """Smallest and largest id of every block: `[batch, blocks]` each."""
-    padded = jnp.pad(segments, ((0, 0), (0, -segments.shape[1] % block)), mode="edge")
-    blocked = padded.reshape(padded.shape[0], -1, block)
-    return blocked.min(-1), blocked.max(-1)
-
-
-def ranges(some, whole):
-    """The block ranges along the last axis that a tile visits: int32 `[..., 4]`.
-
-    Entries 0 and 3 bound the blocks that are visible at all (at least one block, so that a tile that sees
-    nothing still runs and writes its result); 1 and 2 bound the last run of wholly visible ones.
-    """
-    count = some.shape[-1]
-    position = jnp.arange(count)
-    first = jnp.argmax(some, -1)
-    last = jnp.maximum(jnp.max(jnp.where(some, position + 1, 0), -1), first + 1)
-    whole_last = jnp.max(jnp.where(whole, position + 1, 0), -1)
-    gap = ~whole & (position < whole_last[..., None])
-    whole_first = jnp.max(jnp.where(gap, position + 1, 0), -1)
-    return jnp.stack([first, whole_first, whole_last, last], -1).astype(jnp.int32)
-
-
-def _pad_rows(array, multiple):
-    if array is None:
-        return None
-    return jnp.pad(array, [(0, 0), (0, -array.shape[1] % multiple)] + [(0, 0)] * (array.ndim - 2))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8, 9))
-def _attention(q, k, v, k_rope, q_segments, kv_segments, *static):
-    return _forward(q, k, v, k_rope, q_segments, kv_segments, *static)[0]
-
-
-def attention(
-    q, k, v, k_rope, q_segments, kv_segments, *, scale, causal, config=None, workspace=WORKSPACE
-):
+def attention(q, k, v, k_rope, q_segments, kv_segments, *, scale, causal, config=None, workspace=WORKSPACE):
     """Returns the output `[batch, q_len, heads, d_v]` and the log-sum-exp `[batch, heads, q_len]`.
 
-    `config` gives the tiles of the forward kernel; `workspace` the bytes that the backward pass may take for dS
-    of some heads at a time (less than one head needs: dS is recomputed).
+    `config` gives the tiles of the forward kernel; `workspace` the bytes that the backward pass may take for
+    dS of some heads at a time (less than one head needs: dS is recomputed).
     """
     if scale <= 0:  # The kernels fold a positive scale into the exponent.
         q, scale = (-q, -scale) if scale < 0 else (jnp.zeros_like(q), 1.0)
@@ -125,84 +66,108 @@ def attention(
     return _attention(q, k, v, k_rope, q_segments, kv_segments, scale, causal, config, workspace)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8, 9))
+def _attention(q, k, v, k_rope, q_segments, kv_segments, *static):
+    return _forward(q, k, v, k_rope, q_segments, kv_segments, *static)[0]
+
+
+def _pad_rows(array, multiple):
+    if array is None:
+        return None
+    return jnp.pad(array, [(0, 0), (0, -array.shape[1] % multiple)] + [(0, 0)] * (array.ndim - 2))
+
+
+def _call(q, k, v, scale, causal):
+    from pallas_kernels.mla_attention import mosaic_gpu_call, mosaic_gpu_common
+
+    return mosaic_gpu_call.Call(
+        *(q.shape[0], q.shape[2], k.shape[2], q.shape[1], k.shape[1], causal, scale),
+        *(k.shape[3], q.shape[3], v.shape[3], mosaic_gpu_common.loader_threads(q)),
+    )
+
+
 def _forward(q, k, v, k_rope, q_segments, kv_segments, scale, causal, config, workspace):
     del workspace
-    from pallas_kernels.mla_attention import mosaic_gpu_forward as kernel
+    from pallas_kernels.mla_attention import mosaic_gpu_call, mosaic_gpu_forward
+    from pallas_kernels.mla_attention.mosaic_gpu_common import TILE
 
-    batch, q_len, heads, d_qk = q.shape
-    kv_len, kv_heads, d_k = k.shape[1:]
-    config = config or kernel.default_config(d_qk, v.shape[-1])
-    block_ranges = None
+    call = _call(q, k, v, scale, causal)
+    config = config or mosaic_gpu_forward.default_config(call.d_qk, call.d_v)
+    ranges = None
     if q_segments is not None:
-        visible = visible_blocks(
-            q_segments, kv_segments, q_len=q_len, kv_len=kv_len,
-            q_block=kernel.TILE_Q, kv_block=config.block_kv, causal=causal,
-        )  # fmt: skip
-        block_ranges = ranges(*visible)
-    call = kernel.Call(
-        batch, heads, kv_heads, -(-q_len // kernel.TILE_Q), kv_len, kv_len - q_len, causal, scale,
-        d_k, d_qk, v.shape[-1], config,
-    )  # fmt: skip
+        visible = mosaic_gpu_call.visible_blocks(call, q_segments, kv_segments, config.block_kv)
+        ranges = mosaic_gpu_call.ranges(*visible)
     # TMA moves boxes of 8 rows; what it reads beyond the operands' ends is zero.
-    out, lse = kernel.forward(
+    out, lse = mosaic_gpu_forward.forward(
         *(_pad_rows(array, 8) for array in (q, k, v, k_rope)),
-        _pad_rows(q_segments, kernel.TILE_Q),
+        _pad_rows(q_segments, TILE),
         _pad_rows(kv_segments, config.block_kv),
-        block_ranges,
+        ranges,
         call=call,
-        multiprocessors=multiprocessors(),
+        config=config,
+        multiprocessors=_multiprocessors(),
     )
-    out, lse = out[:, :q_len], lse[..., :q_len]
+    out, lse = out[:, : call.q_len], lse[..., : call.q_len]
     return (out, lse), (q, k, v, k_rope, q_segments, kv_segments, out, lse)
 
 
 def _backward(scale, causal, config, workspace, saved, cotangents):
     del config
-    from pallas_kernels.mla_attention import mosaic_gpu_backward as kernel
-    from pallas_kernels.mla_attention import mosaic_gpu_queries
+    from pallas_kernels.mla_attention import mosaic_gpu_backward, mosaic_gpu_queries
+
+    q, k, v, k_rope, *_ = saved
+    call = _call(q, k, v, scale, causal)
+    operands, by_query, by_key = _backward_operands(call, saved, cotangents)
+    # dS of as many heads at a time as the workspace holds.
+    dS = 2 * call.batch * call.group * call.q_tiles * call.kv_tiles * mosaic_gpu_backward.TILE**2
+    with_scores = dS <= workspace
+    most = min(call.kv_heads, workspace // dS) if with_scores else call.kv_heads
+    count = next(n for n in range(most, 0, -1) if call.kv_heads % n == 0)
+    parts = []
+    for first in range(0, call.kv_heads, count):
+        dk, dv, d_rope, scores = mosaic_gpu_backward.keys_values(
+            operands._replace(ranges=by_key), call=call, heads=(first, count), with_scores=with_scores
+        )
+        if with_scores:
+            dq = mosaic_gpu_queries.from_scores(
+                scores, operands.k, operands.k_rope, by_query, call=call, heads=(first, count)
+            )
+        else:
+            dq = mosaic_gpu_queries.recomputed(operands._replace(ranges=by_query), call=call)
+        d_rope = None if d_rope is None else d_rope[:, : call.kv_len].sum(2, dtype=jnp.float32)
+        parts.append((dq[:, : call.q_len], dk[:, : call.kv_len], dv[:, : call.kv_len], d_rope))
+    dq, dk, dv, d_rope = zip(*parts, strict=True)
+    shared = None if k_rope is None else sum(d_rope).astype(k_rope.dtype)
+    return *(jnp.concatenate(part, 2) for part in (dq, dk, dv)), shared, None, None
+
+
+def _backward_operands(call, saved, cotangents):
+    """What the backward kernels read, and the block ranges by query tile and by key tile."""
+    from pallas_kernels.mla_attention import mosaic_gpu_call
+    from pallas_kernels.mla_attention.mosaic_gpu_backward import TILE, Operands
 
     q, k, v, k_rope, q_segments, kv_segments, out, lse = saved
     d_out, d_lse = cotangents
-    batch, q_len, heads, d_qk = q.shape
-    kv_len, kv_heads, d_k = k.shape[1:]
     # d logits = p * (d p - delta), and the log-sum-exp's own gradient adds p * d_lse.
     delta = jnp.einsum("bshd,bshd->bhs", out, d_out, preferred_element_type=jnp.float32) - d_lse
-    missing = ((0, 0), (0, 0), (0, -q_len % kernel.TILE))
-    shift = jnp.pad(jnp.where(lse == -jnp.inf, -jnp.inf, lse * (-1 / scale)), missing, constant_values=-jnp.inf)
-    padded = [_pad_rows(array, 8) for array in (q, k, v, k_rope, d_out)]
-    operands = [*padded, shift, jnp.pad(-delta, missing)]
-    operands += [_pad_rows(ids, kernel.TILE) for ids in (q_segments, kv_segments)]
-    by_query = by_key = None
-    if q_segments is not None:
-        visible = functools.partial(
-            visible_blocks, q_segments, kv_segments, q_len=q_len, kv_len=kv_len, q_block=kernel.TILE, causal=causal
-        )
-        by_query = ranges(*visible(kv_block=kernel.BLOCK))
-        some, whole = visible(kv_block=kernel.TILE)
-        # What lies between a query tile's first and last key block counts as visible: dS is read there.
-        some = (jnp.cumsum(some, -1) > 0) & (jnp.cumsum(some[..., ::-1], -1)[..., ::-1] > 0)
-        by_key = ranges(some.swapaxes(1, 2), whole.swapaxes(1, 2))
-
-    scores_of_a_head = 2 * batch * heads // kv_heads * (q_len + kernel.TILE) * (kv_len + kernel.TILE)
-    with_scores = scores_of_a_head <= workspace
-    count = min(kv_heads, workspace // scores_of_a_head) if with_scores else kv_heads
-    count = next(n for n in range(count, 0, -1) if kv_heads % n == 0)
-    parts = []
-    for first in range(0, kv_heads, count):
-        call = kernel.Call(
-            batch, heads, kv_heads, q_len, kv_len, causal, scale, d_k, d_qk, v.shape[-1], (first, count)
-        )
-        dk, dv, d_rope, scores = kernel.keys_values(*operands, by_key, call=call, with_scores=with_scores)
-        if with_scores:
-            dq = mosaic_gpu_queries.from_scores(scores, padded[1], padded[3], by_query, call=call)
-        else:
-            dq = mosaic_gpu_queries.recomputed(*operands, by_query, call=call)
-        parts.append((dq[:, :q_len], dk[:, :kv_len], dv[:, :kv_len], d_rope))
-    dq, dk, dv = (jnp.concatenate([part[i] for part in parts], 2) for i in range(3))
-    shared = None
-    if k_rope is not None:
-        shared = sum(part[3][:, :kv_len].sum(2, dtype=jnp.float32) for part in parts).astype(k_rope.dtype)
-    return dq, dk, dv, shared, None, None
+    missing = ((0, 0), (0, 0), (0, -call.q_len % TILE))
+    shift = jnp.where(lse == -jnp.inf, -jnp.inf, lse * (-1 / call.scale))
+    operands = Operands(
+        *(_pad_rows(array, 8) for array in (q, k, v, k_rope, d_out)),
+        jnp.pad(shift, missing, constant_values=-jnp.inf),
+        jnp.pad(-delta, missing),
+        _pad_rows(q_segments, TILE),
+        _pad_rows(kv_segments, TILE),
+        None,
+    )
+    if q_segments is None:
+        return operands, None, None
+    visible = functools.partial(mosaic_gpu_call.visible_blocks, call, q_segments, kv_segments)
+    by_query = mosaic_gpu_call.ranges(*visible(mosaic_gpu_call.BLOCK))
+    some, whole = visible(TILE)
+    # dS is read in all blocks between a query tile's first and last: there it must have been written.
+    some = mosaic_gpu_call.between(some)
+    return operands, by_query, mosaic_gpu_call.ranges(some.swapaxes(1, 2), whole.swapaxes(1, 2))
 
 
 _attention.defvjp(_forward, _backward)

@@ -1,10 +1,12 @@
-"""What the Mosaic GPU attention kernels share: register layouts, shared-memory tiles, masks."""
+"""What the Mosaic GPU attention kernels share: roles, layouts in registers and memory, barriers, masks."""
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
@@ -13,14 +15,78 @@ from jaxlib.mlir.dialects import arith, llvm, vector
 SHARED_MEMORY = 232_448  # bytes a Hopper block may use
 LOG2E = math.log2(math.e)
 
+WARPGROUPS = 2  # that compute
+ROWS = 64  # of a product, and so of a compute warpgroup
+TILE = WARPGROUPS * ROWS
+
 MATRIX = plgpu.Layout.WGMMA  # [64, n] in the registers of a warpgroup, as WGMMA accumulates it
 PER_ROW = MATRIX.reduce(1)
 PER_COLUMN = MATRIX.reduce(0)
 
 
-def tiled(*shape, dtype=jnp.bfloat16):
-    """Shared memory in the layout that TMA writes and WGMMA reads."""
-    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
+def launch(kernel, name, programs, out_type, scratch):
+    """A kernel of two compute warpgroups and one that loads, on a grid of that many programs."""
+    call = plgpu.kernel(
+        kernel,
+        out_type=out_type,
+        grid=(programs,),
+        grid_names=("program",),
+        num_threads=WARPGROUPS + 1,
+        thread_name="wg",
+        scratch_types=scratch,
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, reduction_scratch_bytes=0, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
+        ),
+        kernel_name=name,
+    )
+
+    def run(*operands):
+        # Pallas forgets which manual mesh axes (of `shard_map`) its results vary over.
+        axes = tuple(_varying(operands[0]))
+        return jax.tree.map(lambda x: jax.lax.pcast(x, axes, to="varying") if axes else x, call(*operands))
+
+    return run
+
+
+def _varying(array):
+    return jax.typeof(array).manual_axis_type.varying
+
+
+def roles(compute, load):
+    """Runs `compute(warpgroup)` in those that compute; `load()` in the third, which needs few registers."""
+    wg = lax.axis_index("wg")
+
+    @pl.when(wg < WARPGROUPS)
+    def _():
+        plgpu.set_max_registers(240, action="increase")
+        compute(wg)
+
+    @pl.when(wg == WARPGROUPS)
+    def _():
+        plgpu.set_max_registers(24, action="decrease")
+        load()
+
+
+def loader_threads(like) -> int:
+    """Threads that load: one warp, or where Pallas takes no single warp, under manual mesh axes, all four."""
+    return 128 if _varying(like) else 32
+
+
+def load_with(threads, body):
+    """Runs the loading `body` in that many threads of the calling warpgroup."""
+    if threads == 128:
+        body()
+        return
+
+    @plgpu.warp_map
+    def _(warp):
+        pl.when(warp == 0)(body)
+
+
+def tiled(*shape):
+    """bf16 shared memory in the layout that TMA writes and WGMMA reads."""
+    transforms = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
+    return plgpu.SMEM(shape, jnp.bfloat16, transforms=transforms)
 
 
 def across(array, columns):
@@ -31,6 +97,20 @@ def across(array, columns):
 def down(array, rows):
     """`[columns]` to `[rows, columns]`."""
     return lax.broadcast_in_dim(array, (rows, array.shape[0]), [1])
+
+
+def per_row(ref):
+    """Reads one number a row from global memory."""
+    return plgpu.load(ref, layout=PER_ROW, optimized=False)
+
+
+def per_column(ref):
+    """Reads one number a column from global memory."""
+    return plgpu.load(ref, layout=PER_COLUMN, optimized=False)
+
+
+def row_numbers():
+    return plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=PER_ROW)
 
 
 def _hardware_barrier(operation, barriers, index, threads):
@@ -44,11 +124,13 @@ def _hardware_barrier(operation, barriers, index, threads):
 
     # Numbers that are constants, under predicates: the compiler sinks an arrival on a computed number below
     # the arithmetic that follows, and the one who waits for it waits longer.
+    steps = "".join(
+        f"setp.eq.s32 p, $0, {i}; @p bar.{operation} {barrier}, {threads}; "
+        for i, barrier in enumerate(barriers)
+    )
+
     @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT,))
     def chosen(_, index):
-        steps = "".join(
-            f"setp.eq.s32 p, $0, {i}; @p bar.{operation} {barrier}, {threads}; " for i, barrier in enumerate(barriers)
-        )
         mgpu.utils.inline_ptx("{ .reg .pred p; " + steps + "}", index.registers[()])
 
     return chosen(index)
@@ -63,15 +145,15 @@ def arrive(barriers, index, threads):
 
 
 def sync(barriers, index, threads):
-    """Waits on hardware barrier `barriers[index]` until `threads` threads, the caller's too, have come to it."""
+    """Waits on hardware barrier `barriers[index]` until `threads` threads, the caller's too, came to it."""
     _hardware_barrier("sync", barriers, index, threads)
 
 
 def runtime_zero():
     """0, as a number that the compiler does not know.
 
-    Added to an index in every round of a loop, it keeps what depends on the index from being computed ahead of
-    the loop: operand descriptors, two registers for each 16 columns, are better recomputed than spilled.
+    Added to an index in every round of a loop, it keeps what depends on the index from being computed ahead
+    of the loop: operand descriptors, two registers for each 16 columns, are better recomputed than spilled.
     """
 
     @plgpu.inline_mgpu(return_type=plgpu.ShapeDtypeStruct((), jnp.int32, plgpu.Layout.WG_SPLAT(())))
@@ -81,10 +163,6 @@ def runtime_zero():
         return mgpu.FragmentedArray.splat(zero, (), mgpu.WGSplatFragLayout(()), is_signed=True)
 
     return second_grid_index()
-
-
-def row_numbers(rows):
-    return plgpu.broadcasted_iota(jnp.int32, (rows,), 0, layout=PER_ROW)
 
 
 def keep_columns(matrix, limit, *, up_to):
@@ -107,13 +185,12 @@ def keep_columns(matrix, limit, *, up_to):
         lane_column = arith.muli(arith.remui(mgpu.utils.thread_idx(), constant(4)), constant(2))
         minus_infinity = arith.constant(f32, ir.FloatAttr.get(f32, -math.inf))
         order = arith.CmpIPredicate.sge if up_to else arith.CmpIPredicate.sle
-        kept = np.empty_like(matrix.registers)
-        limits = {}
-        for half in range(2):
-            register = limit.registers.reshape(2)[half]
+        limits = []
+        for register in limit.registers.reshape(2):
             if isinstance(register.type, ir.VectorType):
                 register = vector.extract(register, dynamic_position=[], static_position=[0])
-            limits[half] = arith.subi(register, lane_column)
+            limits.append(arith.subi(register, lane_column))
+        kept = np.empty_like(matrix.registers)
         for index, pair in np.ndenumerate(matrix.registers):
             block, half = index[1], index[4]
             for element in range(2):
@@ -125,3 +202,23 @@ def keep_columns(matrix, limit, *, up_to):
         return mgpu.FragmentedArray(_registers=kept, _layout=matrix.layout, _is_signed=None)
 
     return keep(matrix, limit)
+
+
+def hide_keys(s, call, first_row, first_key, row_segments, key_segments):
+    """-inf where a query (row of s) does not see a key (column).
+
+    Args:
+      s: float32 `[64, columns]`.
+      call: has `kv_len`, `causal` and `offset`, which is kv_len - q_len.
+      first_row, first_key: the numbers of the first query and key.
+      row_segments: ids of the queries, or None.
+      key_segments: reads the ids of the keys, when there are any.
+    """
+    limit = plgpu.layout_cast(jnp.full((ROWS,), call.kv_len - 1 - first_key, jnp.int32), PER_ROW)
+    if call.causal:
+        limit = jnp.minimum(limit, row_numbers() + (first_row + call.offset - first_key))
+    s = keep_columns(s, limit, up_to=True)
+    if row_segments is not None:
+        same = across(row_segments, s.shape[1]) == down(key_segments(), ROWS)
+        s = jnp.where(same, s, -jnp.inf)
+    return s

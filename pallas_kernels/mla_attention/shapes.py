@@ -46,7 +46,7 @@ class Shape:
         return self.flops() * (3 * self.d_qk + 2 * self.d_v) / (self.d_qk + self.d_v)
 
     def operands(self, seed: int = 0, factor: float = 1.0):
-        """Random bf16 `(q, k, v)` and the keyword arguments of `mla_attention`; logits scale with `factor`."""
+        """Random bf16 `(q, k, v)` and keyword arguments of `mla_attention`; logits scale with `factor`."""
         kv_length, kv_heads = self.kv_length or self.length, self.kv_heads or self.heads
         keys = jax.random.split(jax.random.key(seed), 4)
 
