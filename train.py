@@ -47,13 +47,10 @@ def surroundings(config, workdir):
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.94")
     import jax
 
-    from dsv3_jax import data
+    from dsv3_jax import compilation_cache, data
     from dsv3_jax.config_checks import Problem, check_machine
 
-    if not os.environ.get(
-        "JAX_COMPILATION_CACHE_DIR"
-    ):  # Compiled programs are kept: the next start is quick.
-        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "dsv3_jax" / "xla"))
+    compilation_cache.use(Path.home() / ".cache" / "dsv3_jax" / "xla")
     found = data.check(config.data, config.model.vocab_size, config.train.seq_len)
     return check_machine(config, len(jax.devices()), workdir) + [Problem(*problem) for problem in found]
 
