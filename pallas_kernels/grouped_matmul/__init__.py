@@ -11,13 +11,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import implementations
-from pallas_kernels.grouped_matmul import blocked, mosaic_gpu, reference, varying
+from pallas_kernels.grouped_matmul import blocked, mosaic_gpu, mosaic_tpu, reference, varying
 
 # Each module offers `forward(lhs, rhs, group_sizes, *, transpose_rhs, out_dtype)`,
 # `wgrad(lhs, dout, group_sizes, *, out_dtype)` and `unsupported(lhs, rhs, transpose_rhs) -> str | None`.
-_MODULES = {"reference": reference, "blocked": blocked, "mosaic_gpu": mosaic_gpu}
+_MODULES = {"reference": reference, "blocked": blocked, "mosaic_gpu": mosaic_gpu, "mosaic_tpu": mosaic_tpu}
 IMPLEMENTATIONS = tuple(_MODULES)
-_PREFERENCE = {"cpu": ("blocked",), "gpu": ("mosaic_gpu", "reference"), "tpu": ("reference",)}
+_PREFERENCE = {"cpu": ("blocked",), "gpu": ("mosaic_gpu", "reference"), "tpu": ("mosaic_tpu", "reference")}
 
 
 def grouped_matmul(
@@ -41,9 +41,9 @@ def grouped_matmul(
         the number of rows. Rows past the sum come out as zero.
       transpose_rhs: multiply by `rhs[g].T`.
       out_dtype: dtype of the result; that of `lhs` by default.
-      implementation: `"auto"`, or one by name: `"mosaic_gpu"` (Hopper, bf16 or f16), `"blocked"` (plain
-        JAX, cost in proportion to the rows) or `"reference"` (`jax.lax.ragged_dot`, which on CPU and GPU
-        computes every row with every group).
+      implementation: `"auto"`, or one by name: `"mosaic_gpu"` (Hopper, bf16 or f16), `"mosaic_tpu"`
+        (bf16 or f32), `"blocked"` (plain JAX, cost in proportion to the rows) or `"reference"`
+        (`jax.lax.ragged_dot`, which on CPU and GPU computes every row with every group).
 
     Raises:
       ValueError: shapes do not fit, or `implementation` does not exist.

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import UnsupportedError, grouped_matmul, target_platform
-from pallas_kernels.grouped_matmul import mosaic_gpu, schedule
+from pallas_kernels.grouped_matmul import mosaic_gpu, mosaic_tpu, schedule
 from pallas_kernels.grouped_matmul.shapes import BENCHMARK
 
 needs_mosaic_gpu = pytest.mark.skipif(
@@ -199,3 +199,38 @@ def test_gpu_kernels_lower_inside_shard_map():
     with target_platform("gpu"):
         sharded = jax.shard_map(gradients, mesh=mesh, in_specs=(split,) * 3, out_specs=split)
         assert "mosaic_gpu" in _lowered(sharded, *_shapes(128, 64, 64, 4))
+
+
+@pytest.mark.parametrize("sizes", [SIZES, (0, 0, 3, 130, 0, 0, 128)])
+def test_tpu_kernels_interpreted(sizes, monkeypatch):
+    """Several groups in a tile, a group over several tiles, rows past the sum, infinite neighbours."""
+    monkeypatch.setitem(mosaic_tpu.TILES, 4, (128, 128, 128))
+    rng = np.random.default_rng(0)
+    rows, k, n = sum(sizes) + PAST, 24, 40
+    x, w, dout = (rng.standard_normal(shape) for shape in ((rows, k), (len(sizes), k, n), (rows, n)))
+    group_sizes, ends = jnp.asarray(sizes, jnp.int32), np.cumsum(sizes)
+    groups = [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+    lhs, rhs, right = (jnp.asarray(a, jnp.float32) for a in (x, w, dout))
+    options = dict(out_dtype=jnp.float32, interpret=True)
+    for transposed in (False, True):
+        weights = rhs.swapaxes(1, 2) if transposed else rhs
+        out = mosaic_tpu.forward(lhs, weights, group_sizes, transpose_rhs=transposed, **options)
+        for g, part in enumerate(groups):
+            np.testing.assert_allclose(out[part], x[part] @ w[g], atol=2e-5)  # Float32 sums of 24 products.
+        assert np.all(np.asarray(out)[ends[-1] :] == 0)
+    poisoned = lhs.at[ends[2] - 1].set(jnp.inf)  # The last row of group 2.
+    gradient = np.asarray(mosaic_tpu.wgrad(poisoned, right, group_sizes, **options))
+    for g, part in enumerate(groups):
+        if g == 2:
+            assert not np.isfinite(gradient[g]).any()
+        else:
+            np.testing.assert_allclose(gradient[g], x[part].T @ dout[part], atol=5e-5)  # Of up to 130.
+
+
+def test_tpu_kernels_lower():
+    def loss(x, w, sizes):
+        return jnp.sum(grouped_matmul(x, w, sizes, out_dtype=jnp.float32))
+
+    with target_platform("tpu"):
+        traced = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(*_shapes(1024, 256, 384, 4))
+        assert traced.lower(lowering_platforms=("tpu",)).as_text().count("tpu_custom_call") == 2
