@@ -1,6 +1,7 @@
 """From a ConfigDict to a valid `Config`: every problem found before any compute, all in one message."""
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -131,7 +132,8 @@ def _coerce(kind: Any, value: Any) -> Any:
     if kind is float and number and math.isfinite(value):
         return float(value)
     if isinstance(kind, types.GenericAlias) and isinstance(value, list | tuple):
-        return tuple(_coerce(kind.__args__[0], item) for item in value)
+        with contextlib.suppress(TypeError):  # It names the item's type; the field is a list.
+            return tuple(_coerce(kind.__args__[0], item) for item in value)
     wanted = {bool: "true or false", str: "text", int: "a whole number", float: "a finite number"}
     raise TypeError(f"must be {wanted.get(kind, 'a list of finite numbers')}")
 

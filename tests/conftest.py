@@ -1,23 +1,23 @@
-"""Settings of the whole test run, made before JAX and the packages under test are first imported."""
+"""Settings of the whole test run, made before JAX starts a backend and the code under test is imported."""
 
 import os
 
 # Eight devices on one CPU, for every test of a mesh. Optimising tiny programs takes LLVM many times longer
 # than running them as they are; the arithmetic is IEEE float32 either way.
-_FLAGS = {
+FLAGS = {
     "--xla_force_host_platform_device_count": "8",
     "--xla_backend_optimization_level": "0",
     "--xla_llvm_disable_expensive_passes": "true",
 }
-_given = os.environ.get("XLA_FLAGS", "")
-os.environ["XLA_FLAGS"] = " ".join(
-    [_given, *(f"{name}={value}" for name, value in _FLAGS.items() if name not in _given)]
-).strip()
 
 
 def pytest_configure(config):
-    if "gpu" not in (config.option.markexpr or "").replace("not gpu", ""):
+    wants_gpu = "gpu" in (config.option.markexpr or "").replace("not gpu", "")
+    if not wants_gpu:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
+        given = os.environ.get("XLA_FLAGS", "")
+        ours = [f"{name}={value}" for name, value in FLAGS.items() if name not in given]
+        os.environ["XLA_FLAGS"] = " ".join([given, *ours]).strip()
 
     from hypothesis import settings
     from jaxtyping import install_import_hook

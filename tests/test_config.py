@@ -35,7 +35,7 @@ BAD = {
     "wrong type": (["train.steps=many"], ["train.steps = 'many': must be a whole number, for example"]),
     "a list of the wrong things": (
         ["optimizer.milestones=['x']"],
-        ["optimizer.milestones = ['x']: must be a list"],
+        ["optimizer.milestones = ('x',): must be a list of finite numbers"],
     ),
     "heads that do not divide": (
         ["model.attention.kind=gqa", "model.attention.n_kv_heads=3"],
@@ -156,6 +156,23 @@ def test_values_of_the_command_line():
     assert config.optimizer.milestones == (0.5, 1.0) and config.model.tie_embeddings is True
     assert config.data.tokenizer == "7x"
     assert typed(config_dict()) == Config()  # Nothing asked for: the defaults.
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"model": {"attn": {"heads": [4]}}}, "model.attn = {'heads': [4]}: unknown field; "),
+        ({"modle": {"d_model": 4}}, "modle = {'d_model': 4}: unknown field; did you mean model"),
+        ({"model": [1, 2]}, "model = [1, 2]: must be a section of fields"),
+        ({"optimizer": {"milestones": [0.5, None]}}, "optimizer.milestones = [0.5, None]: must be a list of"),
+        ({"train": {"steps": True}}, "train.steps = True: must be a whole number"),
+        ({"optimizer": {"peak_lr": float("nan")}}, "optimizer.peak_lr = nan: must be a finite number"),
+    ],
+)
+def test_wrong_values_of_a_file_are_reported_whatever_they_are(tree, message):
+    with pytest.raises(ConfigError) as refused:
+        typed(tree)
+    assert len(refused.value.problems) == 1 and f"  {message}" in str(refused.value)
 
 
 # ------------------------------------------------------------------------------- random configurations

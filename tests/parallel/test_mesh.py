@@ -58,3 +58,8 @@ def test_activations_are_split_over_both_axes():
         np.testing.assert_array_equal(rows[device], x[device : device + 1])
     with meshes.use_mesh(meshes.make_mesh(MeshConfig(data=1, expert=1))):
         assert meshes.current_mesh() is None  # One device needs no layout.
+
+
+def test_eight_devices_are_here():
+    """Without them every test of a mesh would fail or, worse, test one device."""
+    assert jax.device_count() == 8 and jax.default_backend() == "cpu"
