@@ -4,7 +4,7 @@
 
 The run starts skewed on purpose: every token's embedding shares a direction, and two of the experts of
 each layer point along it, so that they win nearly all tokens. MaxVio (arXiv 2408.15664, eq 4) is global:
-of the loads summed over all of the validation text.
+of the loads summed over all of the validation text, and over the last steps of the training text.
 """
 
 import argparse
@@ -63,17 +63,19 @@ def run(speed, steps, every, overrides):
         rates = loop.schedules_at(config, step - 1, tokens)
         state, metrics = train_step(state, batch, n_micro, rates)
         tokens += sequences * config.train.seq_len
-        recent = [*recent[-every + 1 :], np.asarray(metrics.max_vio)]
+        recent = [*recent[-every + 1 :], np.asarray(metrics.counts)]
         if step % every == 0 or step == steps:
             loss, counts = evaluate(state.params, state.router)
-            by_layer, by_step = violations(counts), np.mean(recent)
+            held_out, trained = violations(counts), violations(np.sum(recent, axis=0))
+            by_step = np.mean([violations(load) for load in recent])
             print(
-                f"speed {speed:g} step {step}: validation loss {loss:.4f}, MaxVio by layer "
-                f"{by_layer.round(3)}, of a batch {by_step:.3f}; {time.perf_counter() - started:.0f} s",
+                f"speed {speed:g} step {step}: validation loss {loss:.4f}, MaxVio by layer: held-out text "
+                f"{held_out.round(3)}, last {len(recent)} steps {trained.round(3)}, one step {by_step:.3f}; "
+                f"{time.perf_counter() - started:.0f} s",
                 flush=True,
             )
     loader.close()
-    return loss, by_layer, by_step
+    return loss, held_out.max(), trained.max(), by_step
 
 
 def main():
@@ -84,11 +86,13 @@ def main():
     parser.add_argument("overrides", nargs="*", help="FIELD=VALUE")
     arguments = parser.parse_args()
     rows = [(s, *run(s, arguments.steps, arguments.every, arguments.overrides)) for s in arguments.speeds]
-    names = ("bias speed", "validation loss", "MaxVio, global", "worst layer", "of a batch")
-    print("\n" + "  ".join(f"{name:>15}" for name in names))
-    for speed, loss, by_layer, by_step in rows:
-        figures = (loss, by_layer.mean(), by_layer.max(), by_step)
-        print("  ".join([f"{speed:>15g}", *(f"{figure:>15.3f}" for figure in figures)]))
+    names = ("bias speed", "validation loss", "held-out text", "last steps", "one step")
+    print(f"\nMaxVio of the worst layer, after {arguments.steps} steps (one step: the mean over layers)")
+    for row in (
+        names,
+        *((f"{speed:g}", *(f"{figure:.3f}" for figure in figures)) for speed, *figures in rows),
+    ):
+        print("  ".join(f"{item:>15}" for item in row))
 
 
 if __name__ == "__main__":
