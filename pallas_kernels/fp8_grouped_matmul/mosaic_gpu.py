@@ -55,6 +55,12 @@ class Tiling:
     band: int = 4
     overlap: int = 1
 
+    def __post_init__(self):
+        if self.overlap > 1 and self.waves > 1:
+            raise ValueError(
+                f"Tiling: overlap={self.overlap} with waves={self.waves}; overlap takes one wave"
+            )
+
     @property
     def rows(self) -> int:
         return 2 * self.waves * WARPGROUP_ROWS
@@ -142,13 +148,10 @@ def _product(tiles, count, lhs, rhs, out_dtype, tiling: Tiling):
     return kernel(tiles, count, *lhs, *rhs)
 
 
-def _kernel(
-    tiles, count, lhs, lhs_scales, rhs, rhs_scales, out, *,
-    left_smem, right_smem, scale_smem, out_smem, full, free, tiling,
-):  # fmt: skip
-    groups, depth, columns = rhs.shape[0], lhs.shape[1], out.shape[1]
+def _kernel(tiles, count, lhs, lhs_scales, rhs, rhs_scales, out, *, tiling, **scratch):
+    groups, depth = rhs.shape[0], lhs.shape[1]
     width = tiling.n * (2 if tiling.pair else 1)
-    column_tiles = pl.cdiv(columns, width)
+    column_tiles = pl.cdiv(out.shape[1], width)
     row_tiles = count[0]
     warpgroup = lax.axis_index("wg")
 
@@ -167,104 +170,129 @@ def _kernel(
         return last
 
     def fetcher():
-        plgpu.set_max_registers(FETCH_REGISTERS, action="decrease")
-
-        @each_tile
-        def last(step, tile, column, steps):
-            group, start, _, _ = tile
-
-            def fetch(i, step):
-                slot = lax.rem(step, jnp.int32(tiling.stages))
-                plgpu.barrier_wait(free.at[slot])
-                at, down = pl.ds(i * STEP, STEP), pl.ds(start, tiling.rows)
-                together = dict(collective_axes="pair") if tiling.pair else {}
-                plgpu.copy_gmem_to_smem(lhs.at[down, at], left_smem.at[slot], full.at[slot], **together)
-                plgpu.copy_gmem_to_smem(lhs_scales.at[i, down], scale_smem.at[slot], full.at[slot])
-                right = rhs.at[group, pl.ds(column, tiling.n), at]
-                plgpu.copy_gmem_to_smem(right, right_smem.at[slot], full.at[slot])
-                return step + 1
-
-            return lax.fori_loop(0, steps, fetch, step)
-
-        drain(free, last, tiling)
+        _fetch(each_tile, lhs, lhs_scales, rhs, tiling=tiling, **scratch)
 
     def multiplier():
-        plgpu.set_max_registers(MULTIPLY_REGISTERS, action="increase")
-        bf16.release_all(free, tiling.stages)
-        own_rows = tiling.waves * WARPGROUP_ROWS
-
-        @each_tile
-        def _(step, tile, column, steps):
-            group, start, low, high = tile
-            first = start + warpgroup * own_rows
-
-            def block_scales(i):
-                # A tile that starts in the middle of a block takes a scale every 64 columns.
-                share = SCALED if tiling.n % SCALED == 0 else SCALED // 2
-                blocks = [(column + at) // SCALED for at in range(0, tiling.n, share)]
-                blocks = [jnp.minimum(block, rhs_scales.shape[1] - 1) for block in blocks]
-                return tuple(rhs_scales[group, block, jnp.minimum(i, steps - 1)] for block in blocks)
-
-            def product():
-                def slot(i):
-                    return lax.rem(step + i, jnp.int32(tiling.stages))
-
-                def start(i):
-                    at = slot(i)
-                    scales = block_scales(i)
-                    plgpu.barrier_wait(full.at[at])
-                    return hopper.multiply(left_smem.at[at, own], right_smem.at[at]), scales
-
-                def finish(i, started, sums):
-                    value, scales = started
-                    at = slot(i)
-                    by_row = plgpu.load(scale_smem.at[at, own], layout=hopper.PER_ROW)
-                    plgpu.barrier_arrive(free.at[at])
-                    return hopper.promote(sums, value, [by_row * scale for scale in scales])
-
-                def one(i, carry):
-                    step, scales, sums = carry
-                    slot = lax.rem(step, jnp.int32(tiling.stages))
-                    following = block_scales(i + 1)
-                    plgpu.barrier_wait(full.at[slot])
-                    sums = list(sums)
-                    for wave in range(tiling.waves):
-                        rows = pl.ds(warpgroup * own_rows + wave * WARPGROUP_ROWS, WARPGROUP_ROWS)
-                        by_row = plgpu.load(scale_smem.at[slot, rows], layout=hopper.PER_ROW)
-                        value = hopper.settle(
-                            hopper.multiply(left_smem.at[slot, rows], right_smem.at[slot]), 0
-                        )
-                        if wave == tiling.waves - 1:
-                            plgpu.barrier_arrive(free.at[slot])
-                        sums[wave] = hopper.promote(sums[wave], value, [by_row * scale for scale in scales])
-                    return step + 1, following, tuple(sums)
-
-                if tiling.overlap > 1:
-                    own = pl.ds(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
-                    sums = (hopper.accumulate(steps, start, finish, hopper.zeros(tiling.n), tiling.overlap),)
-                else:
-                    nothing = tuple(hopper.zeros(tiling.n) for _ in range(tiling.waves))
-                    _, _, sums = lax.fori_loop(0, steps, one, (step, block_scales(0), nothing))
-                for wave, value in enumerate(sums):
-                    value = plgpu.layout_cast(value, plgpu.Layout.WGMMA)
-                    at = first + wave * WARPGROUP_ROWS
-                    bf16.store(value, out, out_smem.at[warpgroup], at, low, high, column)
-
-            def nothing():  # The other warpgroup has the tensor cores to itself.
-                def skip(i, step):
-                    slot = lax.rem(step, jnp.int32(tiling.stages))
-                    plgpu.barrier_wait(full.at[slot])
-                    plgpu.barrier_arrive(free.at[slot])
-                    return step + 1
-
-                lax.fori_loop(0, steps, skip, step)
-
-            lax.cond((first < high) & (first + own_rows > low), product, nothing)
-            return step + steps
-
-        plgpu.wait_smem_to_gmem(0)
+        _multiply(each_tile, rhs_scales, out, warpgroup, tiling=tiling, **scratch)
 
     lax.cond(warpgroup == FETCHER, fetcher, multiplier)
+
+
+def _fetch(
+    each_tile, lhs, lhs_scales, rhs, *, left_smem, right_smem, scale_smem, out_smem, full, free, tiling
+):
+    del out_smem
+    plgpu.set_max_registers(FETCH_REGISTERS, action="decrease")
+
+    @each_tile
+    def last(step, tile, column, steps):
+        group, start, _, _ = tile
+
+        def fetch(i, step):
+            slot = lax.rem(step, jnp.int32(tiling.stages))
+            plgpu.barrier_wait(free.at[slot])
+            at, down = pl.ds(i * STEP, STEP), pl.ds(start, tiling.rows)
+            together = dict(collective_axes="pair") if tiling.pair else {}
+            plgpu.copy_gmem_to_smem(lhs.at[down, at], left_smem.at[slot], full.at[slot], **together)
+            plgpu.copy_gmem_to_smem(lhs_scales.at[i, down], scale_smem.at[slot], full.at[slot])
+            right = rhs.at[group, pl.ds(column, tiling.n), at]
+            plgpu.copy_gmem_to_smem(right, right_smem.at[slot], full.at[slot])
+            return step + 1
+
+        return lax.fori_loop(0, steps, fetch, step)
+
+    drain(free, last, tiling)
+
+
+def _multiply(
+    each_tile, rhs_scales, out, warpgroup, *,
+    left_smem, right_smem, scale_smem, out_smem, full, free, tiling,
+):  # fmt: skip
+    plgpu.set_max_registers(MULTIPLY_REGISTERS, action="increase")
+    bf16.release_all(free, tiling.stages)
+    own_rows = tiling.waves * WARPGROUP_ROWS
+    contract = _overlapping if tiling.overlap > 1 else _in_turn
+
+    @each_tile
+    def _(step, tile, column, steps):
+        group, start, low, high = tile
+        first = start + warpgroup * own_rows
+        # Without steps there is no group either; the scale that is read then is not used.
+        owner, last = jnp.minimum(group, rhs_scales.shape[0] - 1), jnp.maximum(steps - 1, 0)
+
+        def block_scales(i):
+            # A tile that starts in the middle of a block takes a scale every 64 columns.
+            share = SCALED if tiling.n % SCALED == 0 else SCALED // 2
+            blocks = [(column + at) // SCALED for at in range(0, tiling.n, share)]
+            blocks = [jnp.minimum(block, rhs_scales.shape[1] - 1) for block in blocks]
+            return tuple(rhs_scales[owner, block, jnp.minimum(i, last)] for block in blocks)
+
+        def product():
+            refs = left_smem, right_smem, scale_smem, full, free
+            sums = contract(step, steps, warpgroup * own_rows, block_scales, refs, tiling)
+            for wave, value in enumerate(sums):
+                value = plgpu.layout_cast(value, plgpu.Layout.WGMMA)
+                at = first + wave * WARPGROUP_ROWS
+                bf16.store(value, out, out_smem.at[warpgroup], at, low, high, column)
+
+        def nothing():  # The other warpgroup has the tensor cores to itself.
+            def skip(i, step):
+                slot = lax.rem(step, jnp.int32(tiling.stages))
+                plgpu.barrier_wait(full.at[slot])
+                plgpu.barrier_arrive(free.at[slot])
+                return step + 1
+
+            lax.fori_loop(0, steps, skip, step)
+
+        lax.cond((first < high) & (first + own_rows > low), product, nothing)
+        return step + steps
+
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _in_turn(step, steps, first_row, block_scales, refs, tiling):
+    """The sums of a warpgroup's waves, one product after the other; the other warpgroup fills the gaps."""
+    left_smem, right_smem, scale_smem, full, free = refs
+
+    def one(i, carry):
+        step, scales, sums = carry
+        slot = lax.rem(step, jnp.int32(tiling.stages))
+        following = block_scales(i + 1)
+        plgpu.barrier_wait(full.at[slot])
+        sums = list(sums)
+        for wave in range(tiling.waves):
+            rows = pl.ds(first_row + wave * WARPGROUP_ROWS, WARPGROUP_ROWS)
+            by_row = plgpu.load(scale_smem.at[slot, rows], layout=hopper.PER_ROW)
+            value = hopper.settle(hopper.multiply(left_smem.at[slot, rows], right_smem.at[slot]), 0)
+            if wave == tiling.waves - 1:
+                plgpu.barrier_arrive(free.at[slot])
+            sums[wave] = hopper.promote(sums[wave], value, [by_row * scale for scale in scales])
+        return step + 1, following, tuple(sums)
+
+    nothing = tuple(hopper.zeros(tiling.n) for _ in range(tiling.waves))
+    _, _, sums = lax.fori_loop(0, steps, one, (step, block_scales(0), nothing))
+    return sums
+
+
+def _overlapping(step, steps, first_row, block_scales, refs, tiling):
+    """The sums of a warpgroup's one wave, a product under way while the one before it is added."""
+    left_smem, right_smem, scale_smem, full, free = refs
+    own = pl.ds(first_row, WARPGROUP_ROWS)
+
+    def start(i):
+        slot = lax.rem(step + i, jnp.int32(tiling.stages))
+        scales = block_scales(i)
+        plgpu.barrier_wait(full.at[slot])
+        return hopper.multiply(left_smem.at[slot, own], right_smem.at[slot]), scales
+
+    def finish(i, started, sums):
+        value, scales = started
+        slot = lax.rem(step + i, jnp.int32(tiling.stages))
+        by_row = plgpu.load(scale_smem.at[slot, own], layout=hopper.PER_ROW)
+        plgpu.barrier_arrive(free.at[slot])
+        return hopper.promote(sums, value, [by_row * scale for scale in scales])
+
+    return (hopper.accumulate(steps, start, finish, hopper.zeros(tiling.n), tiling.overlap),)
 
 
 def drain(free, step, tiling):
