@@ -272,6 +272,7 @@ def main(argv=None):
     logger = logging.getLogger("dsv3_jax")
     logger.handlers, logger.propagate = [logging.StreamHandler()], False
     config, workdir = parse(sys.argv[1:] if argv is None else argv)
+    from dsv3_jax.checkpoint import CheckpointError
     from dsv3_jax.config_checks import ConfigError, Problem
     from dsv3_jax.data import DataError
 
@@ -279,6 +280,8 @@ def main(argv=None):
         return train(config, workdir, stop)
     except DataError as error:
         refuse(ConfigError([Problem(*error.problem)]))
+    except (CheckpointError, OSError) as error:  # A full disk, for one.
+        refuse(error, 3)
 
 
 if __name__ == "__main__":

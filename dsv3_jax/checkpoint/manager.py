@@ -10,6 +10,7 @@ temporary directory and committed by a rename, so a kill at any moment leaves th
     <step>.damaged                found damaged and moved aside; never deleted
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -17,7 +18,7 @@ import math
 import re
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +36,7 @@ STATE_FIELDS = ("optimizer.moment_dtype", "train.ema_decay")
 
 
 class CheckpointError(RuntimeError):
-    """A run cannot be resumed; the message says why and what to do."""
+    """A run cannot be resumed or saved; the message says why and what to do."""
 
 
 class Restored(NamedTuple):
@@ -67,15 +68,21 @@ class Checkpoints:
     ) -> None:
         """Starts to save; returns once the arrays are copied, and the caller may donate them.
 
-        Waits first for the save before it, and raises what went wrong there. Does nothing if `step` has a
-        checkpoint.
+        Waits first for the save before it. Does nothing if `step` has a checkpoint.
 
         Args:
           step: optimizer steps taken.
           state: a tree of arrays.
           extras: JSON of the host: data position, counters. Copied at once.
           metrics: numbers; "validation_loss" ranks the checkpoint, and without it is the worst.
+
+        Raises:
+          CheckpointError: this save, or the one before it, could not be written.
         """
+        with self._writing():
+            self._save(step, state, extras, metrics or {})
+
+    def _save(self, step: int, state: Any, extras: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
         import orbax.checkpoint as ocp
 
         manager = self._manager()
@@ -93,7 +100,7 @@ class Checkpoints:
                 extras=ocp.args.JsonSave(host["extras"]),
                 config=ocp.args.JsonSave(host["config"]),
             ),
-            metrics={name: float(value) for name, value in (metrics or {}).items()},
+            metrics={name: float(value) for name, value in metrics.items()},
             force=True,  # Orbax's own rule would refuse a step before the latest.
         )
 
@@ -127,19 +134,32 @@ class Checkpoints:
         return Restored(step, state, _read_json(path / "extras"))
 
     def wait(self) -> None:
-        """Blocks until the save under way is committed; raises what went wrong with it."""
+        """Blocks until the save under way is committed; a CheckpointError says that it could not be."""
         if self._orbax is not None:
-            self._orbax.wait_until_finished()
+            with self._writing():
+                self._orbax.wait_until_finished()
 
     def close(self) -> None:
-        """Finishes the save under way and deletes what is no longer kept."""
+        """Finishes the save under way (see `wait`) and deletes what is no longer kept."""
         if self._orbax is None:
             return
-        self._orbax.close()
+        with self._writing():
+            self._orbax.close()
         self._orbax = None
         if self._sweeper is not None:
             self._sweeper.join()
         shutil.rmtree(self._directory / TRASH, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:  # TensorStore says with a ValueError that a disk is full.
+            raise CheckpointError(
+                f"The checkpoint of step {self._saving} could not be written to {self._directory}: "
+                f"{str(error).splitlines()[0]}. With that mended, the same command continues from the "
+                "checkpoint before it."
+            ) from error
 
     def _manager(self) -> Any:
         """Orbax's manager, made on first use, when what a killed run left half-done has been removed."""
@@ -148,6 +168,7 @@ class Checkpoints:
         import orbax.checkpoint as ocp
         from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
+        logging.getLogger("absl").addFilter(_not_orbax)
         self._directory.mkdir(parents=True, exist_ok=True)
         for path in self._directory.iterdir():
             if path.name == TRASH or TEMPORARY in path.name:
@@ -246,6 +267,11 @@ class Checkpoints:
             "Set the fields back to what the checkpoint has, or use another --workdir to start anew."
         )
         raise CheckpointError("\n".join(lines))
+
+
+def _not_orbax(record: logging.LogRecord) -> bool:
+    """Orbax logs, with its whole stack, what it also raises."""
+    return "orbax" not in record.pathname
 
 
 def _read_json(item: Path) -> Any:
