@@ -210,7 +210,7 @@ _MINIMUM = {
 _LOSSES = ("sequence_loss", "batch_loss", "expert_loss", "device_loss", "communication_loss")
 _FRACTIONS = ("model.moe.bias_until", "model.mtp.loss_weight_until", "train.ramp_until")
 _BELOW_ONE = ("optimizer.b1", "optimizer.b2", "train.ema_decay")
-_POSITIVE = ("model.norm_eps", "model.init_std", "model.rope.theta", "optimizer.eps")
+_POSITIVE = ("model.norm_eps", "model.init_std", "optimizer.eps")
 
 
 def _check_choices(report: _Report) -> None:
@@ -265,6 +265,7 @@ def _check_attention(report: _Report, model: ModelConfig) -> None:
     if attention.kind == "gqa":
         fits = attention.n_kv_heads >= 1 and attention.n_heads % attention.n_kv_heads == 0
         report.require(fits, at + "n_kv_heads", f"must divide model.attention.n_heads = {attention.n_heads}")
+    report.require(model.rope.theta > 1, "model.rope.theta", "must be above 1: later pairs turn slower")
     fast, slow = model.rope.yarn_beta_fast, model.rope.yarn_beta_slow
     report.require(fast > slow > 0, "model.rope.yarn_beta_fast", f"must be above yarn_beta_slow = {slow} > 0")
 

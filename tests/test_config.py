@@ -45,6 +45,10 @@ BAD = {
         ["model.attention.qk_rope_head_dim=15"],
         ["model.attention.qk_rope_head_dim = 15: RoPE turns pairs, so it must be even"],
     ),
+    "pairs that all turn alike": (
+        ["model.rope.theta=1", "model.rope.yarn_factor=4"],
+        ["model.rope.theta = 1.0: must be above 1"],
+    ),
     "ranks above the width": (
         ["model.attention.q_lora_rank=129", "model.attention.kv_lora_rank=500"],
         ["model.attention.q_lora_rank = 129: ", "model.attention.kv_lora_rank = 500: "],
@@ -188,6 +192,7 @@ SPACE = {
     "model.attention.kv_lora_rank": [4, 6],
     "model.attention.qk_rope_head_dim": [2, 4, 4, 3],
     "model.rope.yarn_factor": [1.0, 4.0, 4.0, 0.5],
+    "model.rope.theta": [10000.0, 100.0, 1.0],
     "model.rope.interleaved": [True, False],
     "model.moe.n_dense_layers": [0, 1, 2],
     "model.moe.n_experts": [4, 8, 8, 6],
