@@ -94,10 +94,7 @@ def _padded(operand):
     return jnp.pad(operand.values, ((0, missing), (0, 0))), jnp.pad(operand.scales, ((0, 0), (0, missing)))
 
 
-def _kernel(
-    table, lhs, lhs_scales, rhs, rhs_scales, out, *,
-    left_smem, right_smem, left_scale_smem, right_scale_smem, out_smem, full, free, tiling,
-):  # fmt: skip
+def _kernel(table, lhs, lhs_scales, rhs, rhs_scales, out, *, tiling, **scratch):
     groups, out_rows, columns = out.shape
     width = tiling.n * (2 if tiling.pair else 1)
     grid = pl.cdiv(out_rows, tiling.rows), pl.cdiv(columns, width)
@@ -117,86 +114,109 @@ def _kernel(
         return last
 
     def fetcher():
-        plgpu.set_max_registers(FETCH_REGISTERS, action="decrease")
-
-        @each_tile
-        def last(step, group, first, row, column, steps):
-            del group
-
-            def fetch(i, step):
-                slot = lax.rem(step, jnp.int32(tiling.stages))
-                plgpu.barrier_wait(free.at[slot])
-                at, down, across = first + i, pl.ds(row, tiling.rows), pl.ds(column, tiling.n)
-                along = pl.ds(at * STEP, STEP)
-                together = dict(collective_axes="pair") if tiling.pair else {}
-                ready = full.at[slot]
-                plgpu.copy_gmem_to_smem(lhs.at[down, along], left_smem.at[slot], ready, **together)
-                plgpu.copy_gmem_to_smem(rhs.at[across, along], right_smem.at[slot], ready)
-                plgpu.copy_gmem_to_smem(lhs_scales.at[at, down], left_scale_smem.at[slot], ready)
-                plgpu.copy_gmem_to_smem(rhs_scales.at[at, across], right_scale_smem.at[slot], ready)
-                return step + 1
-
-            return lax.fori_loop(0, steps, fetch, step)
-
-        drain(free, last, tiling)
+        _fetch(each_tile, lhs, lhs_scales, rhs, rhs_scales, tiling=tiling, **scratch)
 
     def multiplier():
-        plgpu.set_max_registers(MULTIPLY_REGISTERS, action="increase")
-        bf16.release_all(free, tiling.stages)
-        own_rows = tiling.waves * WARPGROUP_ROWS
-
-        @each_tile
-        def _(step, group, first, row, column, steps):
-            del first
-
-            def one(i, carry):
-                step, sums = carry
-                slot = lax.rem(step, jnp.int32(tiling.stages))
-                plgpu.barrier_wait(full.at[slot])
-                sums = list(sums)
-                for wave in range(tiling.waves):
-                    rows = pl.ds(warpgroup * own_rows + wave * WARPGROUP_ROWS, WARPGROUP_ROWS)
-                    by_row = plgpu.load(left_scale_smem.at[slot, rows], layout=hopper.PER_ROW)
-                    value = hopper.settle(hopper.multiply(left_smem.at[slot, rows], right_smem.at[slot]), 0)
-                    # After the product: before it, they take the registers that two waves lack.
-                    by_column = plgpu.load(right_scale_smem.at[slot], layout=hopper.PER_COLUMN)
-                    if wave == tiling.waves - 1:
-                        plgpu.barrier_arrive(free.at[slot])
-                    sums[wave] = hopper.promote(sums[wave], value, [by_row], by_column)
-                return step + 1, tuple(sums)
-
-            def slot(i):
-                return lax.rem(step + i, jnp.int32(tiling.stages))
-
-            def start(i):
-                at = slot(i)
-                plgpu.barrier_wait(full.at[at])
-                return hopper.multiply(left_smem.at[at, own], right_smem.at[at]), ()
-
-            def finish(i, started, sums):
-                at = slot(i)
-                by_row = plgpu.load(left_scale_smem.at[at, own], layout=hopper.PER_ROW)
-                by_column = plgpu.load(right_scale_smem.at[at], layout=hopper.PER_COLUMN)
-                sums = hopper.promote(sums, started[0], [by_row], by_column)
-                plgpu.barrier_arrive(free.at[at])
-                return sums
-
-            if tiling.overlap > 1:
-                own = pl.ds(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
-                sums = (hopper.accumulate(steps, start, finish, hopper.zeros(tiling.n), tiling.overlap),)
-                step = step + steps
-            else:
-                nothing = tuple(hopper.zeros(tiling.n) for _ in range(tiling.waves))
-                step, sums = lax.fori_loop(0, steps, one, (step, nothing))
-            for wave, value in enumerate(sums):
-                value = plgpu.layout_cast(value, plgpu.Layout.WGMMA)
-                at = row + warpgroup * own_rows + wave * WARPGROUP_ROWS
-                _store(value, out.at[group], out_smem.at[warpgroup], at, column)
-            return step
-
-        plgpu.wait_smem_to_gmem(0)
+        _multiply(each_tile, out, warpgroup, tiling=tiling, **scratch)
 
     lax.cond(warpgroup == FETCHER, fetcher, multiplier)
+
+
+def _fetch(
+    each_tile, lhs, lhs_scales, rhs, rhs_scales, *,
+    left_smem, right_smem, left_scale_smem, right_scale_smem, out_smem, full, free, tiling,
+):  # fmt: skip
+    del out_smem
+    plgpu.set_max_registers(FETCH_REGISTERS, action="decrease")
+
+    @each_tile
+    def last(step, group, first, row, column, steps):
+        del group
+
+        def fetch(i, step):
+            slot = lax.rem(step, jnp.int32(tiling.stages))
+            plgpu.barrier_wait(free.at[slot])
+            at, down, across = first + i, pl.ds(row, tiling.rows), pl.ds(column, tiling.n)
+            along = pl.ds(at * STEP, STEP)
+            together = dict(collective_axes="pair") if tiling.pair else {}
+            ready = full.at[slot]
+            plgpu.copy_gmem_to_smem(lhs.at[down, along], left_smem.at[slot], ready, **together)
+            plgpu.copy_gmem_to_smem(rhs.at[across, along], right_smem.at[slot], ready)
+            plgpu.copy_gmem_to_smem(lhs_scales.at[at, down], left_scale_smem.at[slot], ready)
+            plgpu.copy_gmem_to_smem(rhs_scales.at[at, across], right_scale_smem.at[slot], ready)
+            return step + 1
+
+        return lax.fori_loop(0, steps, fetch, step)
+
+    drain(free, last, tiling)
+
+
+def _multiply(
+    each_tile, out, warpgroup, *,
+    left_smem, right_smem, left_scale_smem, right_scale_smem, out_smem, full, free, tiling,
+):  # fmt: skip
+    plgpu.set_max_registers(MULTIPLY_REGISTERS, action="increase")
+    bf16.release_all(free, tiling.stages)
+    own_rows = tiling.waves * WARPGROUP_ROWS
+    contract = _overlapping if tiling.overlap > 1 else _in_turn
+
+    @each_tile
+    def _(step, group, first, row, column, steps):
+        del first
+        refs = left_smem, right_smem, left_scale_smem, right_scale_smem, full, free
+        step, sums = contract(step, steps, warpgroup * own_rows, refs, tiling)
+        for wave, value in enumerate(sums):
+            value = plgpu.layout_cast(value, plgpu.Layout.WGMMA)
+            at = row + warpgroup * own_rows + wave * WARPGROUP_ROWS
+            _store(value, out.at[group], out_smem.at[warpgroup], at, column)
+        return step
+
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _in_turn(step, steps, first_row, refs, tiling):
+    """The sums of a warpgroup's waves, one product after the other; the other warpgroup fills the gaps."""
+    left_smem, right_smem, left_scale_smem, right_scale_smem, full, free = refs
+
+    def one(_, carry):
+        step, sums = carry
+        slot = lax.rem(step, jnp.int32(tiling.stages))
+        plgpu.barrier_wait(full.at[slot])
+        sums = list(sums)
+        for wave in range(tiling.waves):
+            rows = pl.ds(first_row + wave * WARPGROUP_ROWS, WARPGROUP_ROWS)
+            by_row = plgpu.load(left_scale_smem.at[slot, rows], layout=hopper.PER_ROW)
+            value = hopper.settle(hopper.multiply(left_smem.at[slot, rows], right_smem.at[slot]), 0)
+            # After the product: before it, they take the registers that two waves lack.
+            by_column = plgpu.load(right_scale_smem.at[slot], layout=hopper.PER_COLUMN)
+            if wave == tiling.waves - 1:
+                plgpu.barrier_arrive(free.at[slot])
+            sums[wave] = hopper.promote(sums[wave], value, [by_row], by_column)
+        return step + 1, tuple(sums)
+
+    nothing = tuple(hopper.zeros(tiling.n) for _ in range(tiling.waves))
+    return lax.fori_loop(0, steps, one, (step, nothing))
+
+
+def _overlapping(step, steps, first_row, refs, tiling):
+    """The sums of a warpgroup's one wave, a product under way while the one before it is added."""
+    left_smem, right_smem, left_scale_smem, right_scale_smem, full, free = refs
+    own = pl.ds(first_row, WARPGROUP_ROWS)
+
+    def start(i):
+        slot = lax.rem(step + i, jnp.int32(tiling.stages))
+        plgpu.barrier_wait(full.at[slot])
+        return hopper.multiply(left_smem.at[slot, own], right_smem.at[slot]), ()
+
+    def finish(i, started, sums):
+        slot = lax.rem(step + i, jnp.int32(tiling.stages))
+        by_row = plgpu.load(left_scale_smem.at[slot, own], layout=hopper.PER_ROW)
+        by_column = plgpu.load(right_scale_smem.at[slot], layout=hopper.PER_COLUMN)
+        sums = hopper.promote(sums, started[0], [by_row], by_column)
+        plgpu.barrier_arrive(free.at[slot])
+        return sums
+
+    return step + steps, (hopper.accumulate(steps, start, finish, hopper.zeros(tiling.n), tiling.overlap),)
 
 
 def _store(value, out, out_smem, row, column):

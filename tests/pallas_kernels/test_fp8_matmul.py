@@ -7,7 +7,8 @@ import pytest
 
 from pallas_kernels import UnsupportedError, target_platform
 from pallas_kernels.fp8_grouped_matmul import fp8_grouped_matmul, fp8_grouped_wgrad
-from pallas_kernels.fp8_matmul import fp8_matmul
+from pallas_kernels.fp8_grouped_matmul.mosaic_gpu import Tiling
+from pallas_kernels.fp8_matmul import fp8_matmul, mosaic_gpu
 from pallas_kernels.fp8_quantize import (
     Quantized,
     dequantize,
@@ -138,3 +139,24 @@ def test_gpu_kernels_lower(m, n, k):
         traced = jax.jit(every).trace(a, rows, w, stack, left, right, jax.ShapeDtypeStruct((4,), jnp.int32))
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("custom_call @mosaic_gpu") == 4
+
+
+@needs_mosaic_gpu
+@pytest.mark.parametrize("by_block", [True, False])
+@pytest.mark.parametrize(
+    "options", [{"pair": True}, {"n": 192, "waves": 1}, {"waves": 1, "stages": 5, "buffers": 2, "overlap": 3}]
+)
+def test_every_kind_of_tiling_lowers(options, by_block):
+    a, b = _struct((256, 896), (7, 256)), _struct((512, 896), (4, 7) if by_block else (7, 512))
+    tiling = Tiling(**options)
+
+    def product(a, b):
+        return mosaic_gpu.matmul(a, b, out_dtype=jnp.dtype(jnp.bfloat16), tiling=tiling)
+
+    with target_platform("gpu"):
+        assert "mosaic_gpu" in jax.jit(product).trace(a, b).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_overlap_takes_one_wave():
+    with pytest.raises(ValueError, match="overlap takes one wave"):
+        Tiling(waves=2, overlap=2)
