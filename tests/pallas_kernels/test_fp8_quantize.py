@@ -168,7 +168,7 @@ def test_e5m6_is_the_nearest_of_all_4096():
     inside = np.abs(x) < 65280  # Half a step above the largest finite number, 65,024.
     np.testing.assert_array_equal(np.abs(got - np.float32(x))[inside], distance[inside])
     assert np.all(np.isinf(got[~inside]))
-    special = _there_and_back((jnp.asarray([jnp.inf, -jnp.inf, jnp.nan, 0.0])))
+    special = _there_and_back(jnp.asarray([jnp.inf, -jnp.inf, jnp.nan, 0.0]))
     assert np.isinf(special[:2].astype(np.float32)).all() and special[0] > 0 > special[1]
     assert np.isnan(np.float32(special[2])) and special[3] == 0
     assert pack_e5m6(jnp.zeros((2, 8))).shape == (2, 12)
