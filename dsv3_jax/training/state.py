@@ -1,5 +1,6 @@
 """Everything that a training step carries: its shapes, its layout on the mesh, its first values."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -34,6 +35,7 @@ def _init(config: Config, rng: jax.Array) -> TrainState:
     return TrainState(params, variables.get("router", {}), optimizer.init(params, config.optimizer))
 
 
+@functools.lru_cache(maxsize=8)  # Tracing the model takes half a second, and a start asks four times.
 def abstract_state(config: Config, mesh: Mesh) -> TrainState:
     """The state's ShapeDtypeStructs, each with its sharding on `mesh`; nothing is computed."""
     rng = jax.ShapeDtypeStruct((), jax.random.key(0).dtype)
