@@ -150,9 +150,9 @@ class Transformer(nn.Module):
             )
         turn = rotation(config.rope, rope_dim(config.attention), positions)
 
-        # Whole before the look-up: a table split over `d` (FSDP) would make the partitioner split the gather's
-        # result the same way, and then gather the batch to split it again. Cast after it: the gradient of
-        # a frequent token is a sum of very many terms, which bf16 cannot hold.
+        # Whole before the look-up: from a table split over `d` (FSDP) the partitioner would split the result
+        # the same way, and then gather the batch to split it again. Cast after it: the gradient of a
+        # frequent token is a sum of very many terms, which bf16 cannot hold.
         table = constrain(embedding, None, None)
         x = constrain(table[tokens].astype(self.dtype), "batch", None, None)
         reports: list[RouterReport] = []
