@@ -1,8 +1,11 @@
 """What the Mosaic GPU attention kernels know of a call: its static numbers, and which blocks are visible."""
 
+import functools
+import heapq
 import typing
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from pallas_kernels.mla_attention.mosaic_gpu_common import TILE, WARPGROUPS
@@ -63,10 +66,9 @@ class Call(typing.NamedTuple):
         pairs = self.batch * heads
         most = max(1, min(pairs, L2_BYTES // (2 * length * (self.d_qk + self.d_v))))
         together = next(n for n in range(most, 0, -1) if pairs % n == 0)
-        group, within = lax.div(index, together * tiles), lax.rem(index, together * tiles)
-        rank, member = lax.div(within, together), lax.rem(within, together)
-        pair = group * together + member
-        return lax.div(pair, heads), lax.rem(pair, heads), rank if ascending else tiles - 1 - rank
+        group, within = _divide(index, together * tiles)
+        rank, member = _divide(within, together)
+        return *_divide(group * together + member, heads), rank if ascending else tiles - 1 - rank
 
     def key_blocks(self, ranges, row, q_tile, size):
         """Key blocks that a query tile sees: (first, first of the wholly visible, end of those, end)."""
@@ -91,6 +93,57 @@ class Call(typing.NamedTuple):
         first = lax.clamp(0, lax.div(first_key, TILE), self.q_tiles - 1) * (TILE // BLOCK)
         whole = lax.clamp(first, lax.div(first_key + TILE - 1 + BLOCK - 1, BLOCK), count)
         return first, whole, whole + full * (count - whole), jnp.int32(count)
+
+
+# What a tile costs beside its blocks of keys, in blocks: an estimate, which only the balance depends on.
+_TILE_COST = 0.8
+# With this many tiles for each program, dealing them out in turn leaves little to gain.
+_MANY = 1000
+
+
+@functools.lru_cache(64)
+def deal(call: Call, programs: int, kv_block: int, even: bool) -> np.ndarray:
+    """Deals the query tiles out to the programs, each next one to whoever will be free first.
+
+    Dealt in turn instead, the tiles of a causal call would leave the last program 3% behind the mean, and 27%
+    at some lengths.
+
+    Args:
+      call: what is static.
+      programs: how many run at once.
+      kv_block: keys of a block.
+      even: whether to take all tiles for equally long, as when segments decide.
+
+    Returns:
+      int32 `[programs, 2 + most tiles of one]`: how many tiles a program has, then the indices for `locate`.
+    """
+    tiles = call.batch * call.heads * call.q_tiles
+    if tiles > _MANY * programs:
+        hands = [list(range(program, tiles, programs)) for program in range(programs)]
+    else:
+        order = np.arange(tiles, dtype=np.int32)
+        _, _, q_tile = call.locate(order, call.heads, call.q_tiles, call.kv_len, not call.causal)
+        cost = np.full(tiles, _TILE_COST)
+        if call.causal and not even:
+            seen = (np.arange(call.q_tiles) + 1) * TILE + call.offset  # Keys that a tile's last query sees.
+            cost += np.clip(-(-seen // kv_block), 1, -(-call.kv_len // kv_block))[q_tile]
+        free = [(0.0, program) for program in range(programs)]
+        hands = [[] for _ in range(programs)]
+        for index in range(tiles):
+            when, program = free[0]
+            hands[program].append(index)
+            heapq.heapreplace(free, (when + cost[index], program))
+    table = np.zeros((programs, 2 + max(map(len, hands))), np.int32)
+    for row, hand in zip(table, hands, strict=True):
+        row[0], row[1 : 1 + len(hand)] = len(hand), hand
+    return table
+
+
+def _divide(index, by):
+    """Quotient and remainder, in a kernel or of numpy arrays."""
+    if isinstance(index, np.ndarray):
+        return divmod(index, by)
+    return lax.div(index, by), lax.rem(index, by)
 
 
 def visible_blocks(call, q_segments, kv_segments, kv_block):

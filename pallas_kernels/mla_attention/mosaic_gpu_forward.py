@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mla_attention import mosaic_gpu_common as common
+from pallas_kernels.mla_attention.mosaic_gpu_call import deal
 from pallas_kernels.mla_attention.mosaic_gpu_common import ROWS, TILE, WARPGROUPS, across, arrive, sync, tiled
 
 # Hardware barriers; the compiler uses the lower ones.
@@ -59,6 +60,7 @@ class _Operands(typing.NamedTuple):
     q_segments: typing.Any
     kv_segments: typing.Any
     ranges: typing.Any
+    hands: typing.Any
 
 
 class _Shared(typing.NamedTuple):
@@ -96,15 +98,22 @@ def forward(q, k, v, k_rope, q_segments, kv_segments, ranges, *, call, config, m
     stages, block_kv = config.stages, config.block_kv
     tiles = call.batch * call.heads * call.q_tiles
     programs = min(multiprocessors, tiles)
-
-    def tile(i):
-        """Batch row, head and query tile of this program's item i."""
-        index = lax.axis_index("program") + i * programs
-        return call.locate(index, call.heads, call.q_tiles, call.kv_len, not call.causal)
+    hands = deal(call, programs, block_kv, ranges is not None)
 
     def kernel(*refs):
-        operands, outs, shared = _Operands(*refs[:7]), refs[7:9], _Shared(*refs[9:])
-        count = lax.div(tiles - lax.axis_index("program") + programs - 1, programs)
+        operands, outs, shared = _Operands(*refs[:8]), refs[8:10], _Shared(*refs[10:])
+        hand = operands.hands.at[lax.axis_index("program")]
+
+        def for_every_tile(work):
+            """Runs `work(i, tile, step)`, which returns the next step, on each tile dealt to this program."""
+
+            def body(i, carry):
+                step, index = carry
+                following = hand[i + 2]  # Read ahead: it takes as long as a block of keys.
+                tile = call.locate(index, call.heads, call.q_tiles, call.kv_len, not call.causal)
+                return work(i, tile, step), following
+
+            lax.fori_loop(0, hand[0], body, (jnp.int32(0), hand[1]))
 
         def compute(wg):
             pl.when(wg == 1)(lambda: arrive(_TURN, 0, _COMPUTE))
@@ -112,17 +121,11 @@ def forward(q, k, v, k_rope, q_segments, kv_segments, ranges, *, call, config, m
                 arrive(_K_FREE, slot, call.with_loader)
                 arrive(_V_FREE, slot, call.with_loader)
 
-            def body(i, step):
-                return _Compute(call, config, operands, shared, wg, tile(i), step).run(outs)
-
-            lax.fori_loop(0, count, body, jnp.int32(0))
+            for_every_tile(lambda _, *work: _Compute(call, config, operands, shared, wg, *work).run(outs))
             plgpu.wait_smem_to_gmem(0)
 
         def load():
-            def body(i, step):
-                return _load(call, config, operands, shared, i, tile(i), step)
-
-            lax.fori_loop(0, count, body, jnp.int32(0))
+            for_every_tile(functools.partial(_load, call, config, operands, shared))
 
         common.roles(compute, load)
 
@@ -143,12 +146,12 @@ def forward(q, k, v, k_rope, q_segments, kv_segments, ranges, *, call, config, m
         jax.ShapeDtypeStruct((call.batch, call.heads, call.q_tiles * TILE), jnp.float32),
     ]
     run = common.launch(kernel, "mla_attention_forward", programs, out_type, list(scratch))
-    return run(q, k, v, k_rope, q_segments, kv_segments, ranges)
+    return run(q, k, v, k_rope, q_segments, kv_segments, ranges, jnp.asarray(hands))
 
 
 def _load(call, config, operands, shared, i, tile, step):
     """Loads what a tile needs; returns the number of blocks loaded so far."""
-    q, k, v, k_rope, _, _, ranges = operands
+    q, k, v, k_rope, _, _, ranges, _ = operands
     stages, size = config.stages, config.block_kv
     row, head, q_tile = tile
     first, _, _, last = call.key_blocks(ranges, row, q_tile, size)
