@@ -181,44 +181,61 @@ def test_wrong_values_of_a_file_are_reported_whatever_they_are(tree, message):
 
 # ------------------------------------------------------------------------------- random configurations
 
+# Values that mostly fit together ...
 SPACE = {
-    "model.d_model": [8, 16, 7, 0],
+    "model.d_model": [8, 16, 7],
     "model.n_layers": [1, 2],
     "model.tie_embeddings": [False, True],
-    "model.attention.kind": ["mla", "mla", "mha", "gqa", "mqa", "none"],
-    "model.attention.n_heads": [2, 4, 4],
-    "model.attention.n_kv_heads": [1, 2, 3],
-    "model.attention.q_lora_rank": [0, 4, 4, 64],
+    "model.attention.kind": ["mla", "mla", "mha", "gqa", "mqa"],
+    "model.attention.n_heads": [2, 4],
+    "model.attention.n_kv_heads": [1, 2],
+    "model.attention.q_lora_rank": [0, 4],
     "model.attention.kv_lora_rank": [4, 6],
-    "model.attention.qk_rope_head_dim": [2, 4, 4, 3],
-    "model.rope.yarn_factor": [1.0, 4.0, 4.0, 0.5],
-    "model.rope.theta": [10000.0, 100.0, 1.0],
+    "model.rope.yarn_factor": [1.0, 4.0],
     "model.rope.interleaved": [True, False],
     "model.moe.n_dense_layers": [0, 1, 2],
-    "model.moe.n_experts": [4, 8, 8, 6],
-    "model.moe.top_k": [1, 2, 4, 2],
+    "model.moe.n_experts": [4, 8],
+    "model.moe.top_k": [1, 2],
     "model.moe.n_groups": [1, 2, 4],
     "model.moe.topk_groups": [1, 1, 2],
     "model.moe.n_shared": [0, 1, 2],
     "model.moe.gate": ["sigmoid", "softmax"],
-    "model.moe.group_score": ["top2_sum", "max", "max"],
+    "model.moe.group_score": ["top2_sum", "max"],
     "model.moe.communication_loss": [0.0, 0.1],
-    "model.mtp.depth": [0, 1, 2, 4],
+    "model.mtp.depth": [0, 1, 2],
     "model.mtp.kind": ["sequential", "parallel"],
     "optimizer.moment_dtype": ["float32", "bfloat16"],
     "optimizer.clip_norm": [0.0, 1.0],
-    "train.seq_len": [4, 4, 6],
-    "train.batch_size": [8, 16, 12],
-    "train.micro_batch_size": [0, 8, 8, 5],
+    "train.seq_len": [4, 6],
+    "train.batch_size": [8, 16],
+    "train.micro_batch_size": [0, 8],
     "train.ramp_start_batch": [0, 8],
-    "train.ramp_until": [0.5, 0.5, 0.0],
     "train.precision": ["bf16", "fp32"],
     "train.remat": ["none", "full", "dots", "v3"],
-    "train.loss_chunk": [0, 2, 2, 3],
+    "train.loss_chunk": [0, 2],
     "data.mask_documents": [False, True],
-    "mesh.data": [1, 2, -1, -1],
-    "mesh.expert": [1, 2, 4, -1],
+    "mesh.data": [1, 2, -1],
+    "mesh.expert": [1, 2, 4],
     "mesh.sharding": ["replicated", "zero1", "fsdp"],
+}
+# ... and values that mostly or never do.
+SPOILED = {
+    "model.d_model": 0,
+    "model.attention.kind": "none",
+    "model.attention.n_kv_heads": 3,
+    "model.attention.q_lora_rank": 64,
+    "model.attention.qk_rope_head_dim": 3,
+    "model.rope.theta": 1.0,
+    "model.rope.yarn_factor": 0.5,
+    "model.moe.n_experts": 6,
+    "model.moe.top_k": 4,
+    "model.mtp.depth": 4,
+    "train.batch_size": 12,
+    "train.micro_batch_size": 5,
+    "train.ramp_until": 0.0,
+    "train.loss_chunk": 3,
+    "mesh.data": 5,
+    "mesh.expert": -1,
 }
 FIXED = {
     "model.vocab_size": 16,
@@ -227,6 +244,8 @@ FIXED = {
     "model.attention.v_head_dim": 4,
     "model.attention.head_dim": 4,
     "model.moe.d_ff_expert": 4,
+    "model.attention.qk_rope_head_dim": 4,
+    "train.ramp_until": 0.5,
 }
 
 
@@ -255,10 +274,13 @@ def batch_shapes(config):
 RATES = Schedules(*np.float32((1e-2, 1e-3, 0.3)))
 
 
-@settings(max_examples=25, derandomize=True)
-@given(st.fixed_dictionaries({path: st.sampled_from(values) for path, values in SPACE.items()}))
-def test_a_random_configuration_is_refused_or_has_a_step(values):
-    config = config_of(values)
+@settings(max_examples=16, derandomize=True)
+@given(
+    st.fixed_dictionaries({path: st.sampled_from(values) for path, values in SPACE.items()}),
+    st.sets(st.sampled_from(sorted(SPOILED)), max_size=2),
+)
+def test_a_random_configuration_is_refused_or_has_a_step(values, spoiled):
+    config = config_of(values | {path: SPOILED[path] for path in spoiled})
     if config is None:
         return
     mesh, batch = make_mesh(config.mesh), batch_shapes(config)
@@ -270,10 +292,14 @@ def test_a_random_configuration_is_refused_or_has_a_step(values):
     assert metrics.losses.mtp_loss.shape == (config.model.mtp.depth,)
 
 
+def random_values(rng):
+    return {path: values[rng.integers(len(values))] for path, values in SPACE.items()}
+
+
 def random_valid(seed):
     rng = np.random.default_rng(seed)
     while True:
-        config = config_of({path: values[rng.integers(len(values))] for path, values in SPACE.items()})
+        config = config_of(random_values(rng))
         if config is not None:
             return config
 
@@ -291,8 +317,8 @@ def test_random_valid_configurations_train_a_step(seed):
 
 def test_both_outcomes_are_common():
     rng = np.random.default_rng(0)
-    found = [config_of({path: v[rng.integers(len(v))] for path, v in SPACE.items()}) for _ in range(300)]
-    assert 0.03 < np.mean([config is not None for config in found]) < 0.97
+    found = [config_of(random_values(rng)) is not None for _ in range(100)]
+    assert 0.2 < np.mean(found) < 0.9
 
 
 # ----------------------------------------------------------------------------------- every field is read

@@ -171,7 +171,7 @@ def _leaves(tree):
 def test_counts_find_their_way_to_the_bias_of_their_layer():
     model = Transformer(CONFIGS["v3"])
     router = make_variables(model)["router"]
-    counts = np.arange(4 * 8).reshape(4, 8)  # Two MoE layers and two prediction depths.
+    counts = jnp.arange(4 * 8).reshape(4, 8)  # Two MoE layers and two prediction depths.
     merged = merge_router_counts(router, counts)
     np.testing.assert_array_equal(merged["moe_layers"]["moe"]["bias"], counts[:2])
     np.testing.assert_array_equal(merged["mtp_1"]["block"]["moe"]["bias"], counts[2])
