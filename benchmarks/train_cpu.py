@@ -313,7 +313,9 @@ def measure(name: str, rounds: int, options: list[tuple[str, str, bool]]) -> dic
         return Peer(config, start, batch, *option)
 
     checked = check(ours, peer_like())
-    best, tried = best_peer(peer_like, options, max(3, rounds // 3))
+    best, tried = options[0], {}
+    if len(options) > 1:
+        best, tried = best_peer(peer_like, options, max(3, rounds // 3))
     times = cpu.alternate(
         {"ours": ours.step, "peer": peer_like(*best).step}, rounds=rounds, calls=2, warmups=2
     )
@@ -354,11 +356,15 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--shape", choices=SHAPES, action="append", help="one shape; all by default")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--compile", action="store_true", help="try torch.compile too: minutes a shape")
+    parser.add_argument("--peer", help="EXPERTS,ATTENTION: this option of the peer alone, no search")
     parser.add_argument("--system-allocator", action="store_true", help="leave the C library as it is")
     parser.add_argument("--out", help="where to write JSON")
     arguments = parser.parse_args(argv)
     kept = not arguments.system_allocator and keep_freed_memory()
     options = [option for option in OPTIONS if arguments.compile or not option[2]]
+    if arguments.peer:
+        experts, _, attention = arguments.peer.partition(",")
+        options = [(experts, attention, arguments.compile)]
     rows = []
     for name in arguments.shape or SHAPES:
         with warnings.catch_warnings():
