@@ -23,16 +23,12 @@ IMPLEMENTATIONS = tuple(_MODULES)
 _FEW_SCORES = 2**26
 
 
-def _preference(q, k, v):
+def _preference(q, k):
     scores = math.prod(q.shape[:3]) * k.shape[1]
     plain = ("reference",) if scores <= _FEW_SCORES else ("chunked",)
-    # On an H200 ours was 1.04 to 1.11 times as fast as cuDNN forward at widths 192 and 128, and 1.11 to 1.13
-    # forward and backward. The compiler does not partition it: on several devices it needs `shard_map`.
-    ours = (q.shape[-1], v.shape[-1]) == (192, 128) and _one_device()
-    return {"cpu": plain, "gpu": (*(_OURS if ours else reversed(_OURS)), *plain), "tpu": plain}
-
-
-_OURS = ("mosaic_gpu", "cudnn")
+    # The compiler does not partition our kernels: on several devices they need `shard_map`.
+    ours = ("mosaic_gpu",) if _one_device() else ()
+    return {"cpu": plain, "gpu": ("cudnn", *ours, *plain), "tpu": plain}
 
 
 def _one_device() -> bool:
@@ -86,7 +82,7 @@ def mla_attention(
         name: functools.partial(module.unsupported, *arrays, causal=causal)
         for name, module in _MODULES.items()
     }
-    chosen = implementations.choose("mla_attention", implementation, constraints, _preference(q, k, v))
+    chosen = implementations.choose("mla_attention", implementation, constraints, _preference(q, k))
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     with jax.named_scope(f"mla_attention_{chosen}"):
         out, lse = _MODULES[chosen].attention(*arrays, scale=scale, causal=causal)

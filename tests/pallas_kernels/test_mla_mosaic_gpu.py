@@ -186,15 +186,14 @@ def test_lowers_under_shard_map():
 
 
 @lowers
-@pytest.mark.parametrize("devices, chosen", [(1, "mosaic_gpu"), (8, "cudnn")])
-def test_auto_takes_it_where_it_was_measured_faster_on_one_device(devices, chosen, monkeypatch):
-    """On several devices the compiler would give each the whole batch; it partitions cuDNN's call."""
+@pytest.mark.parametrize("devices, chosen", [(1, "mosaic_gpu"), (8, "chunked")])
+def test_auto_takes_it_for_packed_rows_on_one_device(devices, chosen, monkeypatch):
+    """cuDNN takes no segment ids. On several devices the compiler would give our kernel the whole batch."""
     taken = []
     monkeypatch.setattr(sys.modules["pallas_kernels.mla_attention"], "_one_device", lambda: devices == 1)
     monkeypatch.setattr(cudnn, "_missing", lambda: None)
     monkeypatch.setattr(implementations, "_announce", lambda op, where, name, why: taken.append(name))
-    monkeypatch.setattr(cudnn, "attention", lambda q, *_, **__: (q[..., :128], None))
-    f, operands = trace(Shape(1, 8192, 128), implementation="auto")
+    f, operands = trace(Shape(1, 8192, 128, documents=2), implementation="auto")
     with target_platform("gpu"):
         jax.eval_shape(f, *operands)
     assert taken == [chosen]
