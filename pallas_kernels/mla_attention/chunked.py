@@ -7,7 +7,7 @@ Dao 2023, algorithm 2): each block of keys walks over the blocks of queries that
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -95,7 +95,7 @@ class _Blocks(NamedTuple):
         return jnp.clip((j * self.kv_block - self.kv_len + self.q_len) // self.q_block, 0, self.counts[0])
 
 
-def _pad_rows(array, multiple):
+def _pad_rows(array, multiple) -> Any:
     if array is None:
         return None
     missing = max(multiple, -(-array.shape[1] // multiple) * multiple) - array.shape[1]
@@ -109,7 +109,9 @@ def _blocks(q, k, v, k_rope, q_segments, kv_segments, scale, causal, block):
     grouped = q.reshape(batch, q_len, kv_heads, heads // kv_heads, d_qk)
     return _Blocks(
         _pad_rows(grouped, q_block),
-        *(_pad_rows(array, kv_block) for array in (k, v, k_rope)),
+        _pad_rows(k, kv_block),
+        _pad_rows(v, kv_block),
+        _pad_rows(k_rope, kv_block),
         _pad_rows(q_segments, q_block),
         _pad_rows(kv_segments, kv_block),
         q_len, kv_len, q_block, kv_block, scale, causal,

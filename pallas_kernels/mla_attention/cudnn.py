@@ -5,6 +5,7 @@ the function beneath it, private to JAX, accepts them. The shared RoPE key is co
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +61,8 @@ def attention(q, k, v, k_rope, q_segments, kv_segments, *, scale, causal):
         shared = jnp.broadcast_to(k_rope[:, :, None], (*k.shape[:3], k_rope.shape[-1]))
         k = jnp.concatenate([k, shared], -1)
     mask = fused.MaskType.CAUSAL if causal else fused.MaskType.NO_MASK
-    out, lse = fused.dot_product_attention(q, k, v, scale=scale, mask_type=mask, return_residual=True)
+    results: Any = fused.dot_product_attention(q, k, v, scale=scale, mask_type=mask, return_residual=True)
+    out, lse = results
     return out, _without_gradient(lse)
 
 

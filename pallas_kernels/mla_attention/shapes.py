@@ -1,6 +1,7 @@
 """Named shapes of `mla_attention`, shared by tests and benchmarks."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +57,7 @@ class Shape:
         q = normal(keys[0], self.batch, self.length, self.heads, self.d_qk) * factor
         k = normal(keys[1], self.batch, kv_length, kv_heads, self.d_qk - self.d_rope)
         v = normal(keys[2], self.batch, kv_length, kv_heads, self.d_v)
-        options = {"causal": self.causal}
+        options: dict[str, Any] = {"causal": self.causal}
         if self.d_rope:
             options["k_rope"] = normal(keys[3], self.batch, kv_length, self.d_rope)
         if self.documents:
