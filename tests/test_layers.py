@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Lowest first; a module may import from its own rank only within its own package.
 RANKS = [
-    {"config", "config_checks"},
+    {"config", "config_checks", "compilation_cache"},
     {"precision", "parallel.mesh"},
     {"model"},
     {"parallel"},

@@ -49,9 +49,12 @@ def test_killed_anywhere_and_continued_is_bitwise_the_unbroken_run(runner, tmp_p
         kill(process, workdir)
         assert noise(running.printed(workdir).read_text()) == []
         seen = curve(workdir)[-1]["step"]
+    # A kill while the first checkpoint of all is being written leaves none to resume from.
+    folder = workdir / "checkpoints"
+    resumable = any(name.isdigit() for name in os.listdir(folder))
     ended = runner.run(workdir, *options)
     assert ended.code == 0 and noise(ended.output) == []
-    assert "resumed at step" in ended.output
+    assert ("resumed at step" in ended.output) == resumable
     assert [record["step"] for record in curve(workdir)] == list(range(1, STEPS + 1))
     assert curve(workdir) == curve(unbroken(runner, *options))
 
