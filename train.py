@@ -268,6 +268,9 @@ def write_json(path, value):
 
 def main(argv=None):
     stop = Stop()
+    from dsv3_jax.training.host_memory import keep_freed_memory
+
+    keep_freed_memory()  # Before JAX makes its threads.
     # Our own messages as they are, whatever a library makes of the root logger.
     logger = logging.getLogger("dsv3_jax")
     logger.handlers, logger.propagate = [logging.StreamHandler()], False

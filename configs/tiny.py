@@ -46,14 +46,14 @@ def get_config():
         data=dict(source="python_stdlib", tokenizer="byte", fim_rate=0.0),
         optimizer=dict(peak_lr=4e-3, schedule="cosine", warmup_steps=50),
         train=dict(
-            steps=400,
+            steps=300,
             seq_len=256,
             batch_size=8,
             precision="fp32",
             log_every=20,
-            eval_every=200,
+            eval_every=100,
             eval_batches=16,
         ),
-        checkpoint=dict(every=200),
+        checkpoint=dict(every=100),
         mesh=dict(data=1, expert=1),
     )

@@ -28,7 +28,8 @@ def _preference(q, k):
     plain = ("reference",) if scores <= _FEW_SCORES else ("chunked",)
     # The compiler does not partition our kernels: on several devices they need `shard_map`.
     ours = ("mosaic_gpu",) if _one_device() else ()
-    return {"cpu": plain, "gpu": ("cudnn", *ours, *plain), "tpu": plain}
+    # On CPU autodiff through the softmax takes longer than the backward pass of "chunked", at any length.
+    return {"cpu": ("chunked",), "gpu": ("cudnn", *ours, *plain), "tpu": plain}
 
 
 def _one_device() -> bool:
