@@ -1,8 +1,8 @@
-"""Every idea of DeepSeek-V3 in a model that a laptop trains in two minutes, on Python's own source code.
+"""Every idea of DeepSeek-V3 in a model that two CPU cores train in minutes, on Python's own source code.
 
     python train.py --config=configs/tiny.py --workdir=runs/tiny
 
-2.3M parameters, 2 CPU cores: under 3 minutes. The validation loss ends clearly below that of a bigram
+2.3M parameters. The validation loss of longer runs (400 and 600 steps) ended clearly below that of a bigram
 model of the same text, which the run prints beside it.
 """
 
