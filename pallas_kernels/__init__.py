@@ -20,6 +20,7 @@ from pallas_kernels.implementations import (
     target_platform,
 )
 from pallas_kernels.mla_attention import mla_attention
+from pallas_kernels.mla_decode import mla_decode
 
 __all__ = [
     "Quantized",
@@ -30,6 +31,7 @@ __all__ = [
     "fp8_matmul",
     "grouped_matmul",
     "mla_attention",
+    "mla_decode",
     "quantize_blocks",
     "quantize_columns",
     "quantize_rows",
