@@ -25,6 +25,7 @@ class AttentionConfig:
     v_head_dim: int = 32  # MLA: width of a value head.
     n_kv_heads: int = 1  # GQA only: key/value heads.
     head_dim: int = 64  # Baselines: width of query, key and value heads.
+    latent_norm_eps: float = 1e-6  # MLA: of the norms of the latents; `norm_eps` is that of all others.
     implementation: str = "auto"  # Of `pallas_kernels.mla_attention`.
 
 

@@ -210,7 +210,7 @@ _MINIMUM = {
 _LOSSES = ("sequence_loss", "batch_loss", "expert_loss", "device_loss", "communication_loss")
 _FRACTIONS = ("model.moe.bias_until", "model.mtp.loss_weight_until", "train.ramp_until")
 _BELOW_ONE = ("optimizer.b1", "optimizer.b2", "train.ema_decay")
-_POSITIVE = ("model.norm_eps", "model.init_std", "optimizer.eps")
+_POSITIVE = ("model.norm_eps", "model.attention.latent_norm_eps", "model.init_std", "optimizer.eps")
 
 
 def _check_choices(report: _Report) -> None:
@@ -267,7 +267,8 @@ def _check_attention(report: _Report, model: ModelConfig) -> None:
         report.require(fits, at + "n_kv_heads", f"must divide model.attention.n_heads = {attention.n_heads}")
     report.require(model.rope.theta > 1, "model.rope.theta", "must be above 1: later pairs turn slower")
     fast, slow = model.rope.yarn_beta_fast, model.rope.yarn_beta_slow
-    report.require(fast > slow > 0, "model.rope.yarn_beta_fast", f"must be above yarn_beta_slow = {slow} > 0")
+    fix = f"at least yarn_beta_slow = {slow}, which must be above 0"
+    report.require(fast >= slow > 0, "model.rope.yarn_beta_fast", fix)
 
 
 def _check_moe(report: _Report, model: ModelConfig) -> None:

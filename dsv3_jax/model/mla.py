@@ -13,8 +13,8 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.config import ModelConfig
-from dsv3_jax.model.layers import RMSNorm, rms_norm, weight
+from dsv3_jax.config import FP8Config, ModelConfig
+from dsv3_jax.model.layers import RMSNorm, linear, rms_norm, weight
 from dsv3_jax.model.rope import Rotation, rotate, softmax_scale
 from pallas_kernels import mla_attention
 
@@ -32,32 +32,44 @@ class MLAWeights(TypedDict):
 
 
 def queries(
-    w: MLAWeights, h: Float[Array, "batch seq d"], turn: Rotation, config: ModelConfig
+    w: MLAWeights,
+    h: Float[Array, "batch seq d"],
+    turn: Rotation,
+    config: ModelConfig,
+    recipe: FP8Config | None = None,
 ) -> Float[Array, "batch seq heads nope_rope"]:
     """q_i = [q_C,i ; q_R,i] for every head (eqs 6-9)."""
     c_q = h
     if "w_dq" in w and "q_norm" in w:
-        c_q = checkpoint_name(h @ w["w_dq"].astype(h.dtype), "mla_latent")  # eq 6
-        c_q = rms_norm(c_q, w["q_norm"], config.norm_eps)
-    q = jnp.einsum("bsr,rhe->bshe", c_q, w["w_uq_qr"].astype(h.dtype))  # eqs 7 and 8
+        c_q = checkpoint_name(linear(h, w["w_dq"], recipe), "mla_latent")  # eq 6
+        c_q = rms_norm(c_q, w["q_norm"], config.attention.latent_norm_eps)
+    q = linear(c_q, w["w_uq_qr"], recipe)  # eqs 7 and 8
     q_c, q_r = jnp.split(q, [config.attention.qk_nope_head_dim], axis=-1)
     return jnp.concatenate([q_c, rotate(q_r, turn, config.rope.interleaved)], axis=-1)  # eq 9
 
 
 def latents(
-    w: MLAWeights, h: Float[Array, "batch seq d"], turn: Rotation, config: ModelConfig
+    w: MLAWeights,
+    h: Float[Array, "batch seq d"],
+    turn: Rotation,
+    config: ModelConfig,
+    recipe: FP8Config | None = None,
 ) -> tuple[Float[Array, "batch seq kv_rank"], Float[Array, "batch seq rope"]]:
     """(c_KV, k_R): all that generation caches of a token (eqs 1 and 3); c_KV is normalised."""
-    both = checkpoint_name(h @ w["w_dkv_kr"].astype(h.dtype), "mla_latent")
+    both = checkpoint_name(linear(h, w["w_dkv_kr"], recipe), "mla_latent")
     c_kv, k_r = jnp.split(both, [config.attention.kv_lora_rank], axis=-1)
-    return rms_norm(c_kv, w["kv_norm"], config.norm_eps), rotate(k_r, turn, config.rope.interleaved)
+    c_kv = rms_norm(c_kv, w["kv_norm"], config.attention.latent_norm_eps)
+    return c_kv, rotate(k_r, turn, config.rope.interleaved)
 
 
 def keys_values(
-    w: MLAWeights, c_kv: Float[Array, "batch seq kv_rank"], config: ModelConfig
+    w: MLAWeights,
+    c_kv: Float[Array, "batch seq kv_rank"],
+    config: ModelConfig,
+    recipe: FP8Config | None = None,
 ) -> tuple[Float[Array, "batch seq heads nope"], Float[Array, "batch seq heads v"]]:
     """(k_C, v) expanded from the latent (eqs 2 and 5)."""
-    both = jnp.einsum("bsr,rhe->bshe", c_kv, w["w_uk_uv"].astype(c_kv.dtype))
+    both = linear(c_kv, w["w_uk_uv"], recipe)
     k_c, v = jnp.split(both, [config.attention.qk_nope_head_dim], axis=-1)
     return k_c, v
 
@@ -68,13 +80,14 @@ def mla(
     turn: Rotation,
     segment_ids: Int[Array, "batch seq"] | None,
     config: ModelConfig,
+    recipe: FP8Config | None = None,
 ) -> Float[Array, "batch seq d"]:
     """u_t = W_O [o_1; ...; o_h] over a whole sequence (eqs 10 and 11), causal, in the dtype of h."""
     attention = config.attention
     with jax.named_scope("mla_project"):
-        q = queries(w, h, turn, config)
-        c_kv, k_r = latents(w, h, turn, config)
-        k_c, v = keys_values(w, c_kv, config)
+        q = queries(w, h, turn, config, recipe)
+        c_kv, k_r = latents(w, h, turn, config, recipe)
+        k_c, v = keys_values(w, c_kv, config, recipe)
     out = mla_attention(
         q,
         k_c,
@@ -85,13 +98,16 @@ def mla(
         implementation=attention.implementation,
     )  # eq 10: the key of head i is [k_C,i ; k_R] (eq 4)
     out = checkpoint_name(out, "attention_out")
-    return jnp.einsum("bshe,hed->bsd", out, w["w_o"].astype(h.dtype))
+    heads = out.reshape(*out.shape[:2], -1)
+    w_o = w["w_o"].reshape(-1, h.shape[-1])
+    return linear(heads, w_o, recipe, power_of_two=recipe is not None and recipe.power_of_two)
 
 
 class MLA(nn.Module):
     """Declares the parameters of `mla` and calls it."""
 
     config: ModelConfig
+    recipe: FP8Config | None = None
 
     @nn.compact
     def __call__(self, h, turn, segment_ids):
@@ -101,7 +117,7 @@ class MLA(nn.Module):
         if a.q_lora_rank:
             query_in, query_axis = a.q_lora_rank, "latent"
             compressed["w_dq"] = weight(self, "w_dq", (d, a.q_lora_rank), ("embed", "latent"), std)
-            compressed["q_norm"] = RMSNorm(config.norm_eps, name="q_norm").scale(a.q_lora_rank)
+            compressed["q_norm"] = RMSNorm(a.latent_norm_eps, name="q_norm").scale(a.q_lora_rank)
         q_shape = (query_in, a.n_heads, a.qk_nope_head_dim + a.qk_rope_head_dim)
         kv_shape = (a.kv_lora_rank, a.n_heads, a.qk_nope_head_dim + a.v_head_dim)
         latent_shape = (d, a.kv_lora_rank + a.qk_rope_head_dim)
@@ -109,8 +125,8 @@ class MLA(nn.Module):
             **compressed,
             w_uq_qr=weight(self, "w_uq_qr", q_shape, (query_axis, "heads", "head"), std),
             w_dkv_kr=weight(self, "w_dkv_kr", latent_shape, ("embed", "latent"), std),
-            kv_norm=RMSNorm(config.norm_eps, name="kv_norm").scale(a.kv_lora_rank),
+            kv_norm=RMSNorm(a.latent_norm_eps, name="kv_norm").scale(a.kv_lora_rank),
             w_uk_uv=weight(self, "w_uk_uv", kv_shape, ("latent", "heads", "head"), std),
             w_o=weight(self, "w_o", (a.n_heads, a.v_head_dim, d), ("heads", "head", "embed"), std),
         )
-        return mla(w, h, turn, segment_ids, config)
+        return mla(w, h, turn, segment_ids, config, self.recipe)

@@ -33,7 +33,7 @@ def attention(
     heads = config.attention
     if heads.kind == "mla":
         rope = rope_of(config.rope, heads.qk_rope_head_dim)
-        return mla(x, p, rope, eps=config.norm_eps, positions=positions, segment_ids=segment_ids)
+        return mla(x, p, rope, eps=heads.latent_norm_eps, positions=positions, segment_ids=segment_ids)
     return gqa(x, p, rope_of(config.rope, heads.head_dim), positions=positions, segment_ids=segment_ids)
 
 
