@@ -69,7 +69,9 @@ def mla_attention(
         log-sum-exp) or `"mosaic_gpu"` (Hopper, bf16; our kernel).
 
     Returns:
-      The output in the dtype of q; a query that sees no key gets 0 and log-sum-exp -inf.
+      The output in the dtype of q; a query that sees no key gets 0 and log-sum-exp -inf. Both carry names for
+      `jax.checkpoint` policies, "attention_out" and "attention_lse": kept, they spare the backward pass a
+      second forward pass.
 
     Raises:
       ValueError: shapes do not fit, or `implementation` does not exist.

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 BLOCK = 512  # rows of queries, and of keys, whose scores exist at a time
 
@@ -154,6 +155,8 @@ def _forward(q, k, v, k_rope, q_segments, kv_segments, scale, causal, block):
     batch, q_len, heads, _ = q.shape
     out = _to_rows(out, q_len).reshape(batch, q_len, heads, v.shape[-1])
     lse = jnp.moveaxis(_to_rows(lse, q_len).reshape(batch, q_len, heads), 1, 2)
+    # Named, so that a recomputation policy can keep them: then the backward pass does not come here again.
+    out, lse = checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
     return (out, lse), (q, k, v, k_rope, q_segments, kv_segments, out, lse)
 
 

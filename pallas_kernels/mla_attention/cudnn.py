@@ -5,10 +5,10 @@ the function beneath it, private to JAX, accepts them. The shared RoPE key is co
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels import implementations
 
@@ -55,15 +55,48 @@ def _missing() -> str | None:
 def attention(q, k, v, k_rope, q_segments, kv_segments, *, scale, causal):
     """Returns the output `[batch, q_len, heads, d_v]` and the log-sum-exp `[batch, heads, q_len]`."""
     del q_segments, kv_segments
-    from jax._src.cudnn import fused_attention_stablehlo as fused
 
     if k_rope is not None:
         shared = jnp.broadcast_to(k_rope[:, :, None], (*k.shape[:3], k_rope.shape[-1]))
         k = jnp.concatenate([k, shared], -1)
-    mask = fused.MaskType.CAUSAL if causal else fused.MaskType.NO_MASK
-    results: Any = fused.dot_product_attention(q, k, v, scale=scale, mask_type=mask, return_residual=True)
-    out, lse = results
+    out, lse = _attention(q, k, v, scale, causal)
     return out, _without_gradient(lse)
+
+
+def _options(causal):
+    """The static arguments of JAX's rules between `scale` and `return_residual`."""
+    from jax._src.cudnn import fused_attention_stablehlo as fused
+
+    mask = fused.MaskType.CAUSAL if causal else fused.MaskType.NO_MASK
+    seed, dropout, bias = 42, 0.0, (False, False)
+    return seed, dropout, bias, mask, fused.AttentionLayout.BTNH.value, None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _attention(q, k, v, scale, causal):
+    return _forward(q, k, v, scale, causal)[0]
+
+
+def _forward(q, k, v, scale, causal):
+    """JAX's own rule, its residuals named: else recomputation policies could not keep them."""
+    from jax._src.cudnn import fused_attention_stablehlo as fused
+
+    absent = [jnp.zeros(0, q.dtype)] * 7  # bias, lengths, offsets, page tables
+    version = fused.check_cudnn_version()
+    results, saved = fused._dot_product_attention_fwd_rule(
+        q, k, v, *absent, scale, *_options(causal), version, True
+    )
+    out, lse = checkpoint_name(results[0], "attention_out"), checkpoint_name(results[1], "attention_lse")
+    return (out, lse), (*saved[:-2], lse, out)
+
+
+def _backward(scale, causal, saved, cotangents):
+    from jax._src.cudnn import fused_attention_stablehlo as fused
+
+    return fused._dot_product_attention_bwd_rule(scale, *_options(causal), None, True, saved, cotangents)[:3]
+
+
+_attention.defvjp(_forward, _backward)
 
 
 @jax.custom_vjp

@@ -7,6 +7,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels import implementations
 
@@ -108,6 +109,8 @@ def _forward(q, k, v, k_rope, q_segments, kv_segments, scale, causal, config, wo
         multiprocessors=_multiprocessors(),
     )
     out, lse = out[:, : call.q_len], lse[..., : call.q_len]
+    # Named, so that a recomputation policy can keep them: then the backward pass does not come here again.
+    out, lse = checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
     return (out, lse), (q, k, v, k_rope, q_segments, kv_segments, out, lse)
 
 

@@ -3,6 +3,7 @@
 import functools
 
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 _dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
@@ -40,4 +41,5 @@ def attention(q, k, v, k_rope, q_segments, kv_segments, *, scale, causal):
     out = _dot("bgrst,btgd->bsgrd", probabilities.astype(v.dtype), v)
     safe_total = jnp.log(jnp.where(seen, total, 1)) + jnp.where(seen, peak, 0)
     lse = jnp.where(seen, safe_total, -jnp.inf)[..., 0].reshape(batch, heads, q_len)
-    return out.reshape(batch, q_len, heads, v.shape[-1]).astype(q.dtype), lse
+    out = out.reshape(batch, q_len, heads, v.shape[-1]).astype(q.dtype)
+    return checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")

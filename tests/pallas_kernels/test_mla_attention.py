@@ -260,3 +260,19 @@ class TestCudnn:
         q = jnp.ones((1, 4, 1, 8), jnp.bfloat16)
         with pytest.raises(UnsupportedError, match="cuDNN runs on GPUs"):
             mla_attention(q, q, q, implementation="cudnn")
+
+
+@pytest.mark.parametrize("kept, again", [(("attention_out", "attention_lse"), 0), (("attention_out",), 1)])
+def test_with_output_and_log_sum_exp_kept_the_backward_pass_does_not_attend_again(kept, again):
+    (q, k, v), _, _ = make("gqa")
+
+    def f(q, k, v):
+        return mla_attention(jnp.sin(q), k, v, implementation="chunked").sum()
+
+    def loops(f):
+        return str(jax.make_jaxpr(jax.grad(f, (0, 1, 2)))(q, k, v)).count("while[")
+
+    policy = jax.checkpoint_policies.save_only_these_names(*kept)
+    one_forward = loops(lambda *a: mla_attention(*a, implementation="chunked").sum()) // 2
+    assert one_forward > 0
+    assert loops(jax.checkpoint(f, policy=policy)) == loops(f) + again * one_forward
