@@ -143,7 +143,7 @@ class TrainConfig:
     ramp_until: float = 0.0  # Fraction of the token budget at which the ramp ends.
     token_budget: int = 0  # What schedules measure against; 0: the tokens of `steps` steps.
     seed: int = 0
-    precision: str = "bf16"  # Compute in "bf16" or "fp32"; parameters are always fp32.
+    precision: str = "bf16"  # Compute in "bf16", "fp32" or "fp8" (section `fp8`); parameters are always fp32.
     remat: str = "none"  # "none", "full", "dots" or "v3": what the backward pass recomputes.
     loss_chunk: int = 0  # Positions whose logits exist at once; 0: all.
     log_every: int = 10
@@ -155,6 +155,18 @@ class TrainConfig:
     spike_factor: float = 1.5  # A loss over so many times its running mean is reported.
     sample_prompt: str = "def "
     sample_tokens: int = 200  # 0: no text sample at the end.
+
+
+@dataclass(frozen=True)
+class FP8Config:
+    """DeepSeek-V3's FP8 recipe (§3.3), for `train.precision = "fp8"`; the paper's choices by default."""
+
+    activation_scales: str = "tile"  # One for 1x128, 128x1 in weight gradients. "tensor": one; a control.
+    weight_scales: str = "block"  # One for 128x128. "tensor": one a matrix; a control.
+    gradient_dtype: str = "e4m3"  # Of output gradients; or "e5m2", as per-tensor recipes have it.
+    power_of_two: bool = True  # Scales of what goes to experts and of the attention output.
+    swiglu_input: str = "fp8"  # How it is kept for the backward pass; or "bf16".
+    implementation: str = "auto"  # Of `pallas_kernels.fp8_matmul` and its kin.
 
 
 @dataclass(frozen=True)
@@ -184,6 +196,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    fp8: FP8Config = field(default_factory=FP8Config)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
 

@@ -175,9 +175,13 @@ _CHOICES = {
     "model.mtp.kind": ("sequential", "parallel"),
     "optimizer.schedule": ("constant", "cosine", "multi_step", "v2", "v3"),
     "optimizer.moment_dtype": ("float32", "bfloat16"),
-    "train.precision": ("bf16", "fp32"),
+    "train.precision": ("bf16", "fp32", "fp8"),
     "train.remat": ("none", "full", "dots", "v3"),
     "train.ema_memory": ("device", "host"),
+    "fp8.activation_scales": ("tile", "tensor"),
+    "fp8.weight_scales": ("block", "tensor"),
+    "fp8.gradient_dtype": ("e4m3", "e5m2"),
+    "fp8.swiglu_input": ("fp8", "bf16"),
     "mesh.sharding": ("replicated", "zero1", "fsdp"),
 }
 
@@ -219,6 +223,7 @@ def _check_choices(report: _Report) -> None:
     kernels = {
         "model.attention.implementation": pallas_kernels.mla_attention,
         "model.moe.implementation": pallas_kernels.grouped_matmul,
+        "fp8.implementation": pallas_kernels.fp8_matmul,
     }
     choices = _CHOICES | {path: ("auto", *implementations_of(op)) for path, op in kernels.items()}
     for path, allowed in choices.items():

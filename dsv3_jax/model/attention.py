@@ -1,12 +1,11 @@
 """What MLA replaces, behind the same interface: MHA, GQA (arXiv 2305.13245), MQA (arXiv 1911.02150)."""
 
-import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.config import AttentionConfig, ModelConfig
-from dsv3_jax.model.layers import weight
+from dsv3_jax.config import AttentionConfig, FP8Config, ModelConfig
+from dsv3_jax.model.layers import linear, weight
 from dsv3_jax.model.mla import MLA
 from dsv3_jax.model.rope import Rotation, rotate, softmax_scale
 from pallas_kernels import mla_attention
@@ -28,11 +27,12 @@ def grouped_query_attention(
     turn: Rotation,
     segment_ids: Int[Array, "batch seq"] | None,
     config: ModelConfig,
+    recipe: FP8Config | None = None,
 ) -> Float[Array, "batch seq d"]:
     """Causal attention in which `n_heads / kv_heads` query heads share a key and a value head."""
-    q = jnp.einsum("bsd,dhe->bshe", h, w["w_q"].astype(h.dtype))
-    k = jnp.einsum("bsd,dhe->bshe", h, w["w_k"].astype(h.dtype))
-    v = jnp.einsum("bsd,dhe->bshe", h, w["w_v"].astype(h.dtype))
+    q = linear(h, w["w_q"], recipe)
+    k = linear(h, w["w_k"], recipe)
+    v = linear(h, w["w_v"], recipe)
     out = mla_attention(
         rotate(q, turn, config.rope.interleaved),
         rotate(k, turn, config.rope.interleaved),
@@ -42,13 +42,16 @@ def grouped_query_attention(
         implementation=config.attention.implementation,
     )
     out = checkpoint_name(out, "attention_out")
-    return jnp.einsum("bshe,hed->bsd", out, w["w_o"].astype(h.dtype))
+    heads = out.reshape(*out.shape[:2], -1)
+    w_o = w["w_o"].reshape(-1, h.shape[-1])
+    return linear(heads, w_o, recipe, power_of_two=recipe is not None and recipe.power_of_two)
 
 
 class GroupedQueryAttention(nn.Module):
     """Declares the parameters of `grouped_query_attention` and calls it."""
 
     config: ModelConfig
+    recipe: FP8Config | None = None
 
     @nn.compact
     def __call__(self, h, turn, segment_ids):
@@ -60,9 +63,9 @@ class GroupedQueryAttention(nn.Module):
             "w_v": weight(self, "w_v", (d, kv_heads(a), a.head_dim), axes, std),
             "w_o": weight(self, "w_o", (a.n_heads, a.head_dim, d), ("heads", "head", "embed"), std),
         }
-        return grouped_query_attention(w, h, turn, segment_ids, self.config)
+        return grouped_query_attention(w, h, turn, segment_ids, self.config, self.recipe)
 
 
-def attention_module(config: ModelConfig, name: str) -> nn.Module:
+def attention_module(config: ModelConfig, name: str, recipe: FP8Config | None = None) -> nn.Module:
     """The attention of a block: `module(h, turn, segment_ids) -> u`, all [batch, seq, d]."""
-    return (MLA if config.attention.kind == "mla" else GroupedQueryAttention)(config, name=name)
+    return (MLA if config.attention.kind == "mla" else GroupedQueryAttention)(config, recipe, name=name)

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from dsv3_jax import precision
+from dsv3_jax.config import FP8Config
 from dsv3_jax.model.layers import recompute, swiglu
 from dsv3_jax.parallel.mesh import current_mesh, spec
 from pallas_kernels import grouped_matmul
@@ -98,6 +100,7 @@ def experts_on_rows(
     gate_up: Float[Array, "experts d two_f"],
     down: Float[Array, "experts f d"],
     implementation: str,
+    recipe: FP8Config | None = None,
 ) -> Float[Array, "tokens d"]:
     """sum_i g_i FFN_i(x) over the selected experts (V3 eq 12), on one device, in the dtype of x.
 
@@ -105,6 +108,8 @@ def experts_on_rows(
     pass need not keep the outputs of the experts.
     """
     to = plan(indices, gate_up.shape[0])
+    if recipe is not None:
+        return precision.ffn(x, sort_gates(gates, to), gate_up, down, to, recipe, "expert_gate_up")
     rows = dispatch(x, to)
     with jax.named_scope("expert_gate_up"):
         hidden = grouped_matmul(rows, gate_up.astype(x.dtype), to.group_sizes, implementation=implementation)
@@ -122,12 +127,13 @@ def routed_experts(
     gate_up: Float[Array, "experts d two_f"],
     down: Float[Array, "experts f d"],
     implementation: str,
+    recipe: FP8Config | None = None,
 ) -> Float[Array, "batch seq d"]:
     """`experts_on_rows` for a batch; under a mesh each device serves its own part of the batch."""
 
     def local(u, indices, gates, gate_up, down):
         x, to, weights = (part.reshape(-1, part.shape[-1]) for part in (u, indices, gates))
-        return experts_on_rows(x, to, weights, gate_up, down, implementation).reshape(u.shape)
+        return experts_on_rows(x, to, weights, gate_up, down, implementation, recipe).reshape(u.shape)
 
     mesh = current_mesh()
     if mesh is None:

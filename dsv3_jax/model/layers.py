@@ -1,6 +1,10 @@
-"""What every part of the model is made of: parameters with logical axes, RMSNorm, SwiGLU."""
+"""What every part of the model is made of: parameters with logical axes, linear maps, RMSNorm, SwiGLU.
+
+`recipe` is None where products are taken in the dtype of their operands, and else the FP8 recipe.
+"""
 
 import functools
+from collections.abc import Callable
 from typing import cast
 
 import jax
@@ -8,6 +12,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
+
+from dsv3_jax import precision
+from dsv3_jax.config import FP8Config
+from dsv3_jax.parallel.mesh import current_mesh, spec
 
 
 def weight(
@@ -40,12 +48,59 @@ def swiglu(gate_up: Float[Array, "*batch two_f"]) -> Float[Array, "*batch f"]:
     return jax.nn.silu(gate) * up
 
 
+def linear(
+    x: Float[Array, "*batch d"],
+    w: Float[Array, "d *out"],
+    recipe: FP8Config | None = None,
+    *,
+    power_of_two: bool = False,
+) -> Float[Array, "..."]:
+    """`x @ w` in the dtype of x; `power_of_two` as for `precision.linear`."""
+    if recipe is None:
+        return jnp.tensordot(x, w.astype(x.dtype), 1)
+
+    def product(x, w):
+        return precision.linear(x, w, recipe, power_of_two)
+
+    y = _on_each_device(product, x, w.reshape(w.shape[0], -1))
+    return y.reshape(*x.shape[:-1], *w.shape[1:])
+
+
 def ffn(
-    x: Float[Array, "*batch d"], gate_up: Float[Array, "d two_f"], down: Float[Array, "f d"]
+    x: Float[Array, "*batch d"],
+    gate_up: Float[Array, "d two_f"],
+    down: Float[Array, "f d"],
+    recipe: FP8Config | None = None,
 ) -> Float[Array, "*batch d"]:
     """The SwiGLU feed-forward network, in the dtype of x."""
-    hidden = checkpoint_name(x @ gate_up.astype(x.dtype), "ffn_gate_up")
-    return swiglu(hidden) @ down.astype(x.dtype)
+    if recipe is None:
+        hidden = checkpoint_name(x @ gate_up.astype(x.dtype), "ffn_gate_up")
+        return swiglu(hidden) @ down.astype(x.dtype)
+
+    def local(x, gate_up, down):
+        return precision.ffn(x, None, gate_up, down, None, recipe, "ffn_gate_up")
+
+    return _on_each_device(local, x, gate_up, down)
+
+
+def _on_each_device(
+    function: Callable[..., Array], x: Float[Array, "*batch d"], *weights: Array
+) -> Float[Array, "*batch out"]:
+    """`function(rows of x, *weights)`, under a mesh on each device's own part of the batch.
+
+    The partitioner cannot split a kernel. The weight gradients are summed over the devices.
+    """
+
+    def local(x, *weights):
+        out = function(x.reshape(-1, x.shape[-1]), *weights)
+        return out.reshape(*x.shape[:-1], out.shape[-1])
+
+    mesh = current_mesh()
+    if mesh is None:
+        return local(x, *weights)
+    batch, whole = spec("batch"), spec()
+    in_specs = (batch, *[whole for _ in weights])
+    return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=batch, check_vma=False)(x, *weights)
 
 
 class RMSNorm(nn.Module):
@@ -68,10 +123,11 @@ class FFN(nn.Module):
 
     d_ff: int
     init_std: float
+    recipe: FP8Config | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
         d_model = x.shape[-1]
         gate_up = weight(self, "gate_up", (d_model, 2 * self.d_ff), ("embed", "mlp"), self.init_std)
         down = weight(self, "down", (self.d_ff, d_model), ("mlp", "embed"), self.init_std)
-        return ffn(x, gate_up, down)
+        return ffn(x, gate_up, down, self.recipe)

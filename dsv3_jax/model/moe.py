@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.config import ModelConfig
+from dsv3_jax.config import FP8Config, ModelConfig
 from dsv3_jax.model.balance import balance_loss
 from dsv3_jax.model.experts import routed_experts
 from dsv3_jax.model.layers import FFN, weight
@@ -30,6 +30,7 @@ class MoE(nn.Module):
 
     config: ModelConfig
     tail: int = 0
+    recipe: FP8Config | None = None
 
     @nn.compact
     def __call__(self, u: Float[Array, "batch seq d"]) -> tuple[Float[Array, "batch seq d"], RouterReport]:
@@ -43,10 +44,12 @@ class MoE(nn.Module):
 
         with jax.named_scope("route"):
             routing = route(u, centroids, bias.value, moe)
-        out = routed_experts(u, routing.indices, routing.gates, gate_up, down, moe.implementation)
+        out = routed_experts(
+            u, routing.indices, routing.gates, gate_up, down, moe.implementation, self.recipe
+        )
         if moe.n_shared:
             with jax.named_scope("shared_experts"):
-                out += FFN(moe.n_shared * moe.d_ff_expert, std, name="shared")(u)
+                out += FFN(moe.n_shared * moe.d_ff_expert, std, self.recipe, name="shared")(u)
         counted = routing
         if self.tail:
             counted = Routing(*(x[:, : -self.tail] for x in routing))

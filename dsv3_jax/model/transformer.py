@@ -12,9 +12,9 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.config import ModelConfig
+from dsv3_jax.config import FP8Config, ModelConfig
 from dsv3_jax.model.attention import attention_module, rope_dim
-from dsv3_jax.model.layers import FFN, RMSNorm, weight
+from dsv3_jax.model.layers import FFN, RMSNorm, linear, weight
 from dsv3_jax.model.moe import MoE, RouterReport
 from dsv3_jax.model.rope import rotation
 from dsv3_jax.parallel.mesh import constrain
@@ -46,6 +46,7 @@ class Block(nn.Module):
     config: ModelConfig
     moe: bool
     tail: int = 0  # Last positions that do not count towards the experts' load.
+    recipe: FP8Config | None = None
 
     @nn.compact
     def __call__(self, x, turn, segment_ids):
@@ -53,18 +54,22 @@ class Block(nn.Module):
         x = constrain(x, "batch", None, None)
         with jax.named_scope("attention"):
             normal = RMSNorm(eps, name="attention_norm")(x)
-            x = x + attention_module(self.config, name="attention")(normal, turn, segment_ids)
+            attention = attention_module(self.config, "attention", self.recipe)
+            x = x + attention(normal, turn, segment_ids)
         x = checkpoint_name(x, "residual")
         normal = RMSNorm(eps, name="ffn_norm")(x)
         if not self.moe:
             with jax.named_scope("dense_ffn"):
-                return x + FFN(self.config.d_ff, self.config.init_std, name="ffn")(normal), None
+                dense = FFN(self.config.d_ff, self.config.init_std, self.recipe, name="ffn")
+                return x + dense(normal), None
         with jax.named_scope("moe"):
-            out, report = MoE(self.config, self.tail, name="moe")(normal)
+            out, report = MoE(self.config, self.tail, self.recipe, name="moe")(normal)
             return x + out, report
 
 
-def _stack(config: ModelConfig, length: int, moe: bool, remat: str, name: str) -> nn.Module:
+def _stack(
+    config: ModelConfig, length: int, moe: bool, remat: str, recipe: FP8Config | None, name: str
+) -> nn.Module:
     block = Block if remat == "none" else nn.remat(Block, policy=REMAT[remat], prevent_cse=False)
     scanned = nn.scan(
         block,
@@ -74,7 +79,7 @@ def _stack(config: ModelConfig, length: int, moe: bool, remat: str, name: str) -
         length=length,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
-    return scanned(config, moe, name=name)
+    return scanned(config, moe, recipe=recipe, name=name)
 
 
 class MTPBlock(nn.Module):
@@ -89,6 +94,7 @@ class MTPBlock(nn.Module):
     depth: int
     chained: bool  # False: an independent head on the main model's state, which sees no later token.
     remat: str
+    recipe: FP8Config | None = None
 
     @nn.compact
     def __call__(self, hidden, embedded, turn, segment_ids):
@@ -102,10 +108,10 @@ class MTPBlock(nn.Module):
             ]
             shape, axes = (2 * config.d_model, config.d_model), ("mlp", "embed")
             merge = weight(self, "merge", shape, axes, config.init_std)
-            x = jnp.concatenate(both, -1) @ merge.astype(hidden.dtype)
+            x = linear(jnp.concatenate(both, -1), merge, self.recipe)
         moe = config.moe.n_dense_layers < config.n_layers
         block = Block if self.remat == "none" else nn.remat(Block, policy=REMAT[self.remat])
-        x, report = block(config, moe, tail, name="block")(x, turn, segment_ids)
+        x, report = block(config, moe, tail, self.recipe, name="block")(x, turn, segment_ids)
         return RMSNorm(config.norm_eps, name="norm")(x), report
 
 
@@ -113,12 +119,14 @@ class Transformer(nn.Module):
     """DeepSeek-V3, and by its configuration V2, DeepSeekMoE and DeepSeek LLM.
 
     `dtype` is the dtype of activations and of the matrix products; parameters are float32 and cast
-    where they are used. The router and the norms work in float32.
+    where they are used. The router and the norms work in float32. With a `recipe` the products of all
+    linear layers but the head are taken in FP8 (DeepSeek-V3 §3.3).
     """
 
     config: ModelConfig
     dtype: jax.typing.DTypeLike = jnp.float32
     remat: str = "none"
+    recipe: FP8Config | None = None
 
     @nn.compact
     def __call__(
@@ -158,9 +166,9 @@ class Transformer(nn.Module):
         reports: list[RouterReport] = []
         dense = min(config.moe.n_dense_layers, config.n_layers)
         if dense:
-            x, _ = _stack(config, dense, False, self.remat, "dense_layers")(x, turn, segment_ids)
+            x, _ = _stack(config, dense, False, self.remat, self.recipe, "dense_layers")(x, turn, segment_ids)
         if config.n_layers > dense:
-            stack = _stack(config, config.n_layers - dense, True, self.remat, "moe_layers")
+            stack = _stack(config, config.n_layers - dense, True, self.remat, self.recipe, "moe_layers")
             x, report = stack(x, turn, segment_ids)
             reports.append(report)
         hidden = RMSNorm(config.norm_eps, name="final_norm")(x)
@@ -182,7 +190,7 @@ class Transformer(nn.Module):
             # Token i+k is the target of position i+k-1; what lies past the end is masked in the loss.
             later = jnp.pad(targets[:, depth - 1 :], ((0, 0), (0, depth - 1)))
             embedded = table[later].astype(self.dtype) if chained else None
-            block = MTPBlock(self.config, depth, chained, self.remat, name=f"mtp_{depth}")
+            block = MTPBlock(self.config, depth, chained, self.remat, self.recipe, name=f"mtp_{depth}")
             state, report = block(state if chained else hidden, embedded, turn, segment_ids)
             outputs.append(state)
             if report is not None:

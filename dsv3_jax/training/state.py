@@ -25,8 +25,10 @@ class TrainState(NamedTuple):
 
 def make_model(config: Config) -> Transformer:
     """The model of a run, with its precision and remat policy."""
-    dtype = {"bf16": jnp.bfloat16, "fp32": jnp.float32}[config.train.precision]
-    return Transformer(config.model, dtype, config.train.remat)
+    precision = config.train.precision
+    dtype = jnp.float32 if precision == "fp32" else jnp.bfloat16
+    recipe = config.fp8 if precision == "fp8" else None
+    return Transformer(config.model, dtype, config.train.remat, recipe)
 
 
 def _init(config: Config, rng: jax.Array) -> TrainState:

@@ -1,0 +1,117 @@
+"""The SwiGLU feed-forward network in FP8, dense or of routed experts (DeepSeek-V3 §3.3).
+
+What the backward pass keeps: the FP8 copy of the tokens, made before they are sent to the experts, and an
+FP8 copy of SwiGLU's input. SwiGLU and the experts' rows are computed again. Between tokens and experts FP8
+travels both ways: tokens forward, the gradients of the experts' outputs backward.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from dsv3_jax.config import FP8Config
+from dsv3_jax.precision import fp8
+from pallas_kernels import Quantized, dequantize
+
+# Of routed experts, as `model.experts.plan` gives them: the copy in each sorted row, the row of each copy,
+# and the rows of each expert. None: a dense layer.
+Routes = tuple[Int[Array, " copies"], Int[Array, "tokens top_k"], Int[Array, " experts"]] | None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def ffn(
+    x: Float[Array, "tokens d"],
+    gates: Float[Array, " copies"] | None,
+    gate_up: Float[Array, "*experts d two_f"],
+    down: Float[Array, "*experts f d"],
+    routes: Routes,
+    recipe: FP8Config,
+    name: str,
+) -> Float[Array, "tokens d"]:
+    """`swiglu(x @ gate_up) @ down`; with routes the sum of that, times its gate, over each token's copies.
+
+    Args:
+      x: tokens.
+      gates: of each sorted row; None without routes. They multiply the hidden activation.
+      gate_up, down: float32 master weights.
+      routes: where copies of the tokens go.
+      recipe: the recipe.
+      name: under which the remat policy knows what is kept of SwiGLU's input.
+    """
+    return _fwd(x, gates, gate_up, down, routes, recipe, name)[0]
+
+
+def _fwd(x, gates, gate_up, down, routes, recipe, name):
+    sizes = None if routes is None else routes[2]
+    x8 = fp8.activation(x, recipe, power_of_two=recipe.power_of_two and routes is not None)
+    rows8 = _sent(x8, routes)
+    hidden = fp8.product(rows8, fp8.transposed(fp8.weight(gate_up, recipe)), sizes, recipe, x.dtype)
+    kept = fp8.activation(hidden, recipe) if recipe.swiglu_input == "fp8" else hidden
+    kept = jax.tree.map(lambda part: checkpoint_name(part, name), kept)
+    act8 = fp8.activation(hidden, recipe, swiglu=True)
+    if gates is not None:  # A gate is the same for a whole row: it goes into the scales, and costs nothing.
+        act8 = Quantized(act8.values, act8.scales * gates)
+    out = fp8.product(act8, fp8.transposed(fp8.weight(down, recipe)), sizes, recipe, x.dtype)
+    return _summed(out, routes), (x8, kept, gates, gate_up, down, routes)
+
+
+def _bwd(recipe, name, saved, dy):
+    del name
+    x8, kept, gates, gate_up, down, routes = saved
+    sizes = None if routes is None else routes[2]
+    # 1. The product with `down`. What was sent as FP8 exists as nothing else.
+    dy8 = _sent(fp8.gradient(dy, recipe, power_of_two=recipe.power_of_two and routes is not None), routes)
+    dweighted = fp8.product(dy8, fp8.weight(down, recipe), sizes, recipe, dy.dtype)
+    # 2. SwiGLU, computed again, and its gradient.
+    hidden = dequantize(kept) if isinstance(kept, Quantized) else kept.astype(jnp.float32)
+    weighted, dhidden, dgates = _swiglu_gradient(hidden, gates, dweighted)
+    ddown = fp8.weight_gradient(weighted, dy if routes is None else dy8, sizes, recipe)
+    # 3. The product with `gate_up`.
+    drows = fp8.product(fp8.gradient(dhidden, recipe), fp8.weight(gate_up, recipe), sizes, recipe, dy.dtype)
+    dgate_up = fp8.weight_gradient(_sent(x8, routes), dhidden, sizes, recipe)
+    return _summed(drows, routes), dgates, dgate_up, ddown, None
+
+
+ffn.defvjp(_fwd, _bwd)
+
+
+def _swiglu_gradient(hidden, gates, dweighted):
+    """What `down` multiplied, and the gradients of `hidden` and of the gates; float32 inside."""
+    gate, up = jnp.split(hidden, 2, axis=-1)
+    g = dweighted.astype(jnp.float32)
+    sigmoid = jax.nn.sigmoid(gate)
+    silu = gate * sigmoid
+    act, dgates = silu * up, None
+    if gates is not None:
+        dgates = jnp.sum(g * act, axis=-1)
+        act, g = act * gates[:, None], g * gates[:, None]
+    dgate = g * up * (sigmoid + silu * (1 - sigmoid))
+    dhidden = jnp.concatenate([dgate, g * silu], axis=-1)
+    return act.astype(dweighted.dtype), dhidden.astype(dweighted.dtype), dgates
+
+
+def _sent(x: Quantized, routes: Routes) -> Quantized:
+    """A row of FP8 numbers and its scales for every copy, sorted by expert."""
+    if routes is None:
+        return x
+    order, row, _ = routes
+    token = order // row.shape[1]
+    return Quantized(_take_rows(x.values, token), x.scales[:, token])
+
+
+def _take_rows(values, rows):
+    """`values[rows]`, moved four numbers at a time where the width allows."""
+    if values.shape[1] % 4:
+        return values[rows]
+    words = jax.lax.bitcast_convert_type(values.reshape(values.shape[0], -1, 4), jnp.uint32)
+    return jax.lax.bitcast_convert_type(words[rows], values.dtype).reshape(len(rows), -1)
+
+
+def _summed(rows, routes: Routes):
+    """The sum of each token's copies, in float32."""
+    if routes is None:
+        return rows
+    return rows[routes[1]].astype(jnp.float32).sum(1).astype(rows.dtype)

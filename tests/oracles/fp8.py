@@ -1,0 +1,86 @@
+"""DeepSeek-V3's FP8 recipe (arXiv 2412.19437, section 3.3) in numpy: products of what FP8 numbers stand for.
+
+Operands are rounded as the recipe says, in float32; products are float64.
+"""
+
+import ml_dtypes
+import numpy as np
+
+from tests.oracles.ffn import sigmoid
+
+TYPES = {"e4m3": ml_dtypes.float8_e4m3fn, "e5m2": ml_dtypes.float8_e5m2}
+
+
+def rounded(x, block, dtype="e4m3", power_of_two=False):
+    """x [rows, k] through FP8 and back, with a scale for each `block` (rows, columns); None: for all of x."""
+    x = np.asarray(x, np.float32)
+    if not x.size:
+        return x
+    largest = np.float32(ml_dtypes.finfo(TYPES[dtype]).max)
+    out = np.empty_like(x)
+    height, width = block or x.shape
+    for r in range(0, x.shape[0], height):
+        for c in range(0, x.shape[1], width):
+            tile = x[r : r + height, c : c + width]
+            amax = np.abs(tile).max()
+            scale = amax * (1 / largest)
+            inverse = largest / amax
+            if power_of_two:
+                scale = np.float32(2.0 ** np.ceil(np.log2(scale)))
+                inverse = 1 / scale
+            numbers = (tile * inverse).astype(TYPES[dtype]).astype(np.float32)
+            out[r : r + height, c : c + width] = numbers * scale
+    return out
+
+
+def along(x, per_tensor=False, **options):
+    """1x128 tiles."""
+    return rounded(x, None if per_tensor else (1, 128), **options)
+
+
+def across(x, per_tensor=False, **options):
+    """128x1 tiles."""
+    return rounded(x, None if per_tensor else (128, 1), **options)
+
+
+def blocks(w, per_tensor=False):
+    return rounded(w, None if per_tensor else (128, 128))
+
+
+def product(a, b):
+    return np.asarray(a, np.float64) @ np.asarray(b, np.float64)
+
+
+def linear(x, w, dy, *, activations_whole=False, weights_whole=False, gradient="e4m3", power_of_two=False):
+    """(y, dx, dw) of a linear layer."""
+    x8 = along(x, activations_whole, power_of_two=power_of_two)
+    w8, g8 = blocks(w, weights_whole), along(dy, activations_whole, dtype=gradient)
+    dw = product(across(x8, activations_whole).T, across(dy, activations_whole, dtype=gradient))
+    return product(x8, w8), product(g8, w8.T), dw
+
+
+def ffn(x, gate_up, down, dy, *, gates=None, power_of_two=False, keep_fp8=True):
+    """(out, dx, dgates, dgate_up, ddown) of SwiGLU for rows of one expert, or of a dense layer.
+
+    The rows of experts arrive in FP8 in both directions, and their FP8 scales may be powers of two.
+    """
+    x8, w8, v8 = along(x, power_of_two=power_of_two), blocks(gate_up), blocks(down)
+    hidden = product(x8, w8).astype(np.float32)
+    gate, up = np.split(hidden, 2, axis=1)
+    scale = np.ones(len(x), np.float32) if gates is None else gates
+    act = np.asarray(gate * sigmoid(gate) * up, np.float32)
+    out = product(along(act) * scale[:, None], v8)
+
+    g8 = along(dy, power_of_two=power_of_two)
+    g = product(g8, v8.T)
+    kept = along(hidden) if keep_fp8 else hidden
+    gate, up = np.split(np.asarray(kept, np.float64), 2, axis=1)
+    silu, slope = gate * sigmoid(gate), sigmoid(gate) * (1 + gate * (1 - sigmoid(gate)))
+    dgates = (g * silu * up).sum(1)
+    g *= scale[:, None]
+    dhidden = np.concatenate([g * up * slope, g * silu], axis=1).astype(np.float32)
+    weighted = (silu * up * scale[:, None]).astype(np.float32)
+    ddown = product(across(weighted).T, across(dy if gates is None else g8))
+    dx = product(along(dhidden), w8.T)
+    dgate_up = product(across(x8).T, across(dhidden))
+    return out, dx, dgates, dgate_up, ddown
