@@ -67,6 +67,7 @@ def quantize_rows(
     *,
     power_of_two: bool = False,
     dtype: jax.typing.DTypeLike = jnp.float8_e4m3fn,
+    per_tensor: bool = False,
     swiglu: bool = False,
     implementation: str = "auto",
 ) -> Quantized:
@@ -76,6 +77,7 @@ def quantize_rows(
       x: float32 or bfloat16.
       power_of_two: round the scales up to powers of two.
       dtype: `float8_e4m3fn` or `float8_e5m2`.
+      per_tensor: give every tile the scale of the largest, for comparisons; by the reference only.
       swiglu: `x` is `[gate, up]` side by side, and `silu(gate) * up` is quantised, `[rows, k / 2]`. It is
         computed in float32 and not rounded in between.
       implementation: `"auto"`, `"mosaic_gpu"` (Hopper; rows and k multiples of 8 and 128) or `"reference"`.
@@ -89,9 +91,11 @@ def quantize_rows(
             f"quantize_rows: swiglu needs gate and up side by side; {x.shape[1]} columns are odd"
         )
     module = _choose(
-        "quantize_rows", implementation, functools.partial(mosaic_gpu.unsupported_rows, x, swiglu)
+        "quantize_rows", implementation, functools.partial(mosaic_gpu.unsupported_rows, x, swiglu, per_tensor)
     )
-    return Quantized(*module.rows(x, power_of_two=power_of_two, dtype=jnp.dtype(dtype), swiglu=swiglu))
+    options = {"per_tensor": True} if per_tensor else {}
+    options |= {"power_of_two": power_of_two, "dtype": jnp.dtype(dtype), "swiglu": swiglu}
+    return Quantized(*module.rows(x, **options))
 
 
 def quantize_columns(
@@ -100,6 +104,7 @@ def quantize_columns(
     *,
     power_of_two: bool = False,
     dtype: jax.typing.DTypeLike = jnp.float8_e4m3fn,
+    per_tensor: bool = False,
     implementation: str = "auto",
 ) -> Quantized:
     """Transposes and quantises 128x1 tiles: what weight gradients take, whose contraction is the rows.
@@ -111,7 +116,7 @@ def quantize_columns(
       x: float32 or bfloat16, or quantised with row scales.
       group_sizes: rows of each group, for grouped weight gradients; every group then starts at a
         multiple of 128 rows of the result and is filled up with zeros.
-      power_of_two, dtype, implementation: as for `quantize_rows`.
+      power_of_two, dtype, per_tensor, implementation: as for `quantize_rows`.
 
     Returns:
       Values `[k, padded]` and scales `[padded / 128, k]`, where `padded` is `padded_rows(rows, groups)`.
@@ -124,10 +129,13 @@ def quantize_columns(
             f" and 128 columns, {(-(-values.shape[1] // TILE), values.shape[0])}"
         )
     module = _choose(
-        "quantize_columns", implementation, functools.partial(mosaic_gpu.unsupported_columns, values)
+        "quantize_columns",
+        implementation,
+        functools.partial(mosaic_gpu.unsupported_columns, values, per_tensor),
     )
-    values, scales = module.columns(x, group_sizes, power_of_two=power_of_two, dtype=jnp.dtype(dtype))
-    return Quantized(values, scales)
+    options = {"per_tensor": True} if per_tensor else {}
+    options |= {"power_of_two": power_of_two, "dtype": jnp.dtype(dtype)}
+    return Quantized(*module.columns(x, group_sizes, **options))
 
 
 def quantize_blocks(
@@ -135,13 +143,17 @@ def quantize_blocks(
     *,
     power_of_two: bool = False,
     dtype: jax.typing.DTypeLike = jnp.float8_e4m3fn,
+    per_tensor: bool = False,
 ) -> Quantized:
     """Quantises 128x128 blocks: weights. Scales `[..., ceil(rows/128), ceil(k/128)]`.
+
+    With `per_tensor` every block of a matrix takes the scale of the largest.
 
     A block keeps its scale when it is transposed: `quantize_blocks(w)` transposed equals that of `w.T`.
     """
     _check("quantize_blocks", jnp.empty((0, 0)) if w.ndim >= 2 else w, dtype)
-    return Quantized(*reference.blocks(w, power_of_two=power_of_two, dtype=jnp.dtype(dtype)))
+    options = {"power_of_two": power_of_two, "dtype": jnp.dtype(dtype), "per_tensor": per_tensor}
+    return Quantized(*reference.blocks(w, **options))
 
 
 def dequantize(x: Quantized, dtype: jax.typing.DTypeLike = jnp.float32) -> Float[Array, "*stack rows k"]:

@@ -31,15 +31,22 @@ def _unsupported(x, multiples) -> str | None:
     return reason
 
 
-def unsupported_rows(x, swiglu: bool) -> str | None:
+_WHOLE = "one scale for the whole tensor: take 'reference'"
+
+
+def unsupported_rows(x, swiglu: bool, per_tensor: bool = False) -> str | None:
     """Why `rows` cannot run the call, or None."""
+    if per_tensor:
+        return _WHOLE
     if x.dtype not in (jnp.bfloat16, jnp.float32):
         return f"an operand in {x.dtype}: cast it to bfloat16 or float32"
     return _unsupported(x, (8, TILE * (2 if swiglu else 1)))
 
 
-def unsupported_columns(x) -> str | None:
+def unsupported_columns(x, per_tensor: bool = False) -> str | None:
     """Why `columns` cannot run the call, or None."""
+    if per_tensor:
+        return _WHOLE
     if x.dtype not in (jnp.bfloat16, jnp.float8_e4m3fn):
         return f"an operand in {x.dtype}: cast it to bfloat16 or quantise it to float8_e4m3fn"
     return _unsupported(x, (8, TILE))

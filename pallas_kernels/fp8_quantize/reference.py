@@ -33,7 +33,7 @@ def _tiles(x):
     return x.reshape(*x.shape[:-1], -1, TILE)
 
 
-def rows(x, *, power_of_two, dtype, swiglu=False):
+def rows(x, *, power_of_two, dtype, swiglu=False, per_tensor=False):
     """Values `[rows, k]` and scales `[k/128, rows]`."""
     x = x.astype(jnp.float32)
     if swiglu:
@@ -41,6 +41,8 @@ def rows(x, *, power_of_two, dtype, swiglu=False):
         x = jax.nn.silu(gate) * up
     tiles = _tiles(x)
     amax = jnp.max(jnp.abs(tiles), axis=-1)
+    if per_tensor:
+        amax = jnp.broadcast_to(jnp.max(amax), amax.shape)
     scale, inverse = scale_and_inverse(amax, float(jnp.finfo(dtype).max), power_of_two)
     values = (tiles * inverse[..., None]).reshape(x.shape[0], -1)[:, : x.shape[1]]
     return values.astype(dtype), scale.T
@@ -61,7 +63,7 @@ def row_blocks(group_sizes, rows: int):
     return jnp.stack([jnp.where(valid > 0, start, 0), valid], axis=1).astype(jnp.int32)
 
 
-def columns(x, group_sizes, *, power_of_two, dtype):
+def columns(x, group_sizes, *, power_of_two, dtype, per_tensor=False):
     """Values `[k, padded]` and scales `[padded/128, k]`."""
     if isinstance(x, tuple):
         x = dequantize(*x)
@@ -70,16 +72,19 @@ def columns(x, group_sizes, *, power_of_two, dtype):
     row = start[:, None] + jnp.arange(TILE)
     inside = jnp.arange(TILE) < valid[:, None]
     tiles = jnp.where(inside[..., None], x[jnp.minimum(row, x.shape[0] - 1)], 0)
-    return rows(tiles.reshape(-1, x.shape[1]).T, power_of_two=power_of_two, dtype=dtype)
+    transposed = tiles.reshape(-1, x.shape[1]).T
+    return rows(transposed, power_of_two=power_of_two, dtype=dtype, per_tensor=per_tensor)
 
 
-def blocks(w, *, power_of_two, dtype):
+def blocks(w, *, power_of_two, dtype, per_tensor=False):
     """Values like `w` and scales `[..., rows/128, k/128]`."""
     w = w.astype(jnp.float32)
     *stack, n, k = w.shape
     padded = jnp.pad(w, [(0, 0)] * len(stack) + [(0, -n % TILE), (0, -k % TILE)])
     tiles = padded.reshape(*stack, -(-n // TILE), TILE, -(-k // TILE), TILE)
     amax = jnp.max(jnp.abs(tiles), axis=(-3, -1))
+    if per_tensor:
+        amax = jnp.broadcast_to(jnp.max(amax, axis=(-2, -1), keepdims=True), amax.shape)
     scale, inverse = scale_and_inverse(amax, float(jnp.finfo(dtype).max), power_of_two)
     values = (tiles * inverse[..., :, None, :, None]).reshape(padded.shape)[..., :n, :k]
     return values.astype(dtype), scale

@@ -44,7 +44,7 @@ def columns(values, scales, table, *, power_of_two, dtype):
             amax_smem=plgpu.SMEM((WARPS, COLUMNS), jnp.float32),
             values_smem=plgpu.SMEM((COLUMNS, TILE), dtype, transforms=swizzled(dtype)),
             scales_smem=plgpu.SMEM((COLUMNS,), jnp.float32),
-            loaded=plgpu.Barrier(num_arrivals=len(operands) - 1),
+            loaded=plgpu.Barrier(num_arrivals=1),
         ),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         kernel_name="fp8_quantize_columns",
@@ -59,14 +59,7 @@ def _kernel(*refs, power_of_two, scaled, x_smem, in_scales_smem, amax_smem, valu
     start, valid = table[block, 0], table[block, 1]
     plgpu.copy_gmem_to_smem(x.at[pl.ds(start, TILE), across], x_smem, loaded)
     if scaled:
-        at = column * COLUMNS // TILE
-        # Asking for zeros past the end chooses the copy that may start at any row.
-        plgpu.copy_gmem_to_smem(
-            in_scales[0].at[at, pl.ds(start, TILE)],
-            in_scales_smem,
-            loaded,
-            oob_mode=plgpu.OOBFillMode.ZEROS,
-        )
+        _fetch_scales(in_scales[0], in_scales_smem, column * COLUMNS // TILE, start, valid)
     plgpu.barrier_wait(loaded)
     largest = float(jnp.finfo(values.dtype).max)
     _transpose(
@@ -76,6 +69,29 @@ def _kernel(*refs, power_of_two, scaled, x_smem, in_scales_smem, amax_smem, valu
     plgpu.copy_smem_to_gmem(values_smem, values.at[across, pl.ds(block * TILE, TILE)])
     plgpu.copy_smem_to_gmem(scales_smem, scales.at[block, across])
     plgpu.wait_smem_to_gmem(0)
+
+
+def _fetch_scales(scales, smem, row, start, valid):
+    """One scale a thread: a group starts at any row, where the copy engine may not."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), _SCALAR, _SCALAR, _SCALAR))
+    def fetch(_, scales, smem, row, start, valid):
+        row, start, valid = (x.registers.item() for x in (row, start, valid))
+        width = ir.MemRefType(scales.type).shape[1]
+        thread = arith.remui(mgpu.utils.thread_idx(), _i32(WARP * WARPS))
+        # Past the group's last row, its own first scale: the row is cleared and its scale too.
+        inside = arith.cmpi(arith.CmpIPredicate.slt, thread, valid)
+        own = arith.addi(start, arith.select(inside, thread, _i32(0)))
+        i64 = ir.IntegerType.get_signless(64)
+        element = arith.addi(
+            arith.muli(arith.extsi(i64, row), arith.constant(i64, width)), arith.extsi(i64, own)
+        )
+        source = _at(mgpu.utils.memref_ptr(scales), arith.muli(element, arith.constant(i64, 4)))
+        scale = llvm.load(ir.F32Type.get(), source, alignment=4)
+        llvm.store(scale, _at(mgpu.utils.memref_ptr(smem), arith.muli(thread, _i32(4))), alignment=4)
+        mgpu.utils.warpgroup_barrier()
+
+    fetch(scales, smem, row, start, valid)  # pyright: ignore[reportCallIssue]
 
 
 def _transpose(x, in_scales, amax, values, scales, valid, largest, power_of_two, scaled):
