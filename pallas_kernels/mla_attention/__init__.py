@@ -12,11 +12,17 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import implementations
-from pallas_kernels.mla_attention import chunked, cudnn, mosaic_gpu, reference
+from pallas_kernels.mla_attention import chunked, cudnn, mosaic_gpu, reference, strips
 
 # Each module offers `attention(q, k, v, k_rope, q_segments, kv_segments, *, scale, causal)` that
 # returns (output, log-sum-exp) and is differentiable, and `unsupported(q, k, v, k_rope, ...)`.
-_MODULES = {"reference": reference, "chunked": chunked, "cudnn": cudnn, "mosaic_gpu": mosaic_gpu}
+_MODULES = {
+    "reference": reference,
+    "strips": strips,
+    "chunked": chunked,
+    "cudnn": cudnn,
+    "mosaic_gpu": mosaic_gpu,
+}
 IMPLEMENTATIONS = tuple(_MODULES)
 
 # The reference keeps every score: up to this many (256 MiB in float32) "auto" prefers it to "chunked".
@@ -28,8 +34,8 @@ def _preference(q, k):
     plain = ("reference",) if scores <= _FEW_SCORES else ("chunked",)
     # The compiler does not partition our kernels: on several devices they need `shard_map`.
     ours = ("mosaic_gpu",) if _one_device() else ()
-    # On CPU autodiff through the softmax takes longer than the backward pass of "chunked", at any length.
-    return {"cpu": ("chunked",), "gpu": ("cudnn", *ours, *plain), "tpu": plain}
+    # On CPU autodiff through the softmax takes longer than their backward passes, at any length.
+    return {"cpu": ("strips", "chunked"), "gpu": ("cudnn", *ours, *plain), "tpu": plain}
 
 
 def _one_device() -> bool:
@@ -64,8 +70,8 @@ def mla_attention(
       segment_ids: attend within equal ids only (packed documents).
       kv_segment_ids: ids of the keys; those of the queries by default (then `q_len == kv_len`).
       return_lse: also return the float32 log-sum-exp of the scaled, masked logits.
-      implementation: `"auto"`, or one by name: `"reference"` (every score at once), `"chunked"` (plain
-        JAX, memory linear in the length), `"cudnn"` (GPU; no segment ids, no gradient through the
+      implementation: `"auto"`, or one by name: `"reference"` (every score at once), `"strips"` (plain
+        JAX, unrolled, up to 1024 positions), `"chunked"` (plain JAX, memory linear in the length), `"cudnn"` (GPU; no segment ids, no gradient through the
         log-sum-exp) or `"mosaic_gpu"` (Hopper, bf16; our kernel).
 
     Returns:
