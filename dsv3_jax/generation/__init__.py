@@ -1,0 +1,15 @@
+"""Generation at the latent cache's price: prefill, absorbed decoding, sampling, speculation.
+
+weights, cache       parameters arranged for decoding; what is kept of the tokens read
+attention, experts   the parts of a layer over a cache
+forward              prefill, decode and draft: pure functions over weights and cache
+sampling             from logits to tokens
+speculation, decode  drafts and their verification; the state and the step
+text, generator      tokens to text; `Generator`, the Python interface
+"""
+
+from dsv3_jax.generation.generator import Completion, Generator, Piece
+from dsv3_jax.generation.sampling import RequestError, SamplingParams
+from dsv3_jax.generation.text import TextStream
+
+__all__ = ["Completion", "Generator", "Piece", "RequestError", "SamplingParams", "TextStream"]

@@ -1,0 +1,163 @@
+"""The model over a cache: prefill of a chunk, decoding of the newest tokens, drafting by the MTP depths."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.generation.attention import absorbed, expanded
+from dsv3_jax.generation.cache import LatentCache, LayerCache, places
+from dsv3_jax.generation.experts import moe
+from dsv3_jax.generation.weights import Weights
+from dsv3_jax.model.attention import rope_dim
+from dsv3_jax.model.layers import ffn, rms_norm
+from dsv3_jax.model.rope import rotation
+
+Attend = Callable[[Any, Array, LayerCache], tuple[Array, LayerCache]]
+
+
+def _block(
+    w: Any, x: Array, layer: LayerCache, attend: Attend, config: ModelConfig
+) -> tuple[Array, LayerCache]:
+    """A pre-norm block: `x + attention(norm(x))`, then `x + ffn(norm(x))`."""
+    with jax.named_scope("attention"):
+        out, layer = attend(w["attention"], rms_norm(x, w["attention_norm"], config.norm_eps), layer)
+        x = x + out
+    normal = rms_norm(x, w["ffn_norm"], config.norm_eps)
+    if "moe" in w:
+        with jax.named_scope("moe"):
+            return x + moe(w["moe"], normal, config.moe), layer
+    with jax.named_scope("dense_ffn"):
+        return x + ffn(normal, w["ffn"]["gate_up"], w["ffn"]["down"]), layer
+
+
+def _merge(w: Any, hidden: Array, embedded: Array, config: ModelConfig) -> Array:
+    """The input of an MTP depth (DeepSeek-V3 eq 21; the embedding first, as in `model.transformer`)."""
+    if "merge" not in w:
+        return hidden  # A parallel head.
+    both = [
+        rms_norm(embedded, w["embedding_norm"], config.norm_eps),
+        rms_norm(hidden, w["hidden_norm"], config.norm_eps),
+    ]
+    return jnp.concatenate(both, -1) @ w["merge"]
+
+
+def head(weights: Weights, hidden: Float[Array, "*batch d"]) -> Float[Array, "*batch vocab"]:
+    """Logits in float32."""
+    return jnp.matmul(hidden, weights.head, preferred_element_type=jnp.float32)
+
+
+def prefill(
+    weights: Weights,
+    cache: LatentCache,
+    tokens: Int[Array, "batch chunk_ahead"],
+    start: Int[Array, ""],
+    lengths: Int[Array, " batch"],
+    config: ModelConfig,
+    *,
+    block: int,
+    drafts: int = 0,
+) -> tuple[Float[Array, "batch chunk d"], LatentCache]:
+    """Reads a chunk of every prompt into the cache, in the expanded form.
+
+    Args:
+      weights: of the model.
+      cache: its `lengths` are left for the caller to advance.
+      tokens: the tokens of positions `start` on: the chunk, and `drafts` more, to which the MTP depths look
+        ahead. What lies past a prompt's end may be anything.
+      start: position of the chunk, the same for all sequences, a multiple of `block`.
+      lengths: tokens of each whole prompt; positions from there on are not written.
+      config: the model.
+      block: cached positions that are expanded at a time.
+      drafts: MTP depths to fill too.
+
+    Returns:
+      The hidden states after the final norm, and the cache.
+    """
+    chunk = tokens.shape[1] - drafts
+    positions = jnp.broadcast_to(start + jnp.arange(chunk), (tokens.shape[0], chunk))
+    where = places(cache, positions, positions < lengths[:, None])
+    turn = rotation(config.rope, rope_dim(config.attention), positions)
+
+    def attend(w: Any, h: Array, layer: LayerCache) -> tuple[Array, LayerCache]:
+        return expanded(w, h, turn, cache, layer, where, start, block, config)
+
+    x = weights.embedding[tokens[:, :chunk]]
+    hidden, layers = _main(weights, x, cache, attend, config)
+    state = hidden
+    for k, w in enumerate(weights.depths[:drafts], start=1):
+        merged = _merge(w, state, weights.embedding[tokens[:, k : k + chunk]], config)
+        out, layer = _block(w["block"], merged, cache.layers[config.n_layers + k - 1], attend, config)
+        layers.append(layer)
+        if "merge" in w:
+            state = rms_norm(out, w["norm"], config.norm_eps)
+    layers += cache.layers[len(layers) :]
+    return hidden, LatentCache(tuple(layers), cache.lengths, cache.page_table, cache.streams)
+
+
+def _main(weights: Weights, x: Array, cache: LatentCache, attend: Attend, config: ModelConfig):
+    layers = []
+    for w, layer in zip(weights.layers, cache.layers[: config.n_layers], strict=True):
+        x, layer = _block(w, x, layer, attend, config)
+        layers.append(layer)
+    return rms_norm(x, weights.final_norm, config.norm_eps), layers
+
+
+def _absorbing(cache: LatentCache, lengths: Array, seq: int, active: Array, config: ModelConfig) -> Attend:
+    """Attention of the last `seq` of `lengths` positions."""
+    positions = lengths[:, None] - seq + jnp.arange(seq)
+    where = places(cache, positions, jnp.broadcast_to(active[:, None], positions.shape))
+    turn = rotation(config.rope, rope_dim(config.attention), jnp.maximum(positions, 0))
+    seen = jnp.where(active, lengths, 0)  # A sequence at rest costs nothing.
+
+    def attend(w: Any, h: Array, layer: LayerCache) -> tuple[Array, LayerCache]:
+        return absorbed(w, h, turn, cache, layer, where, seen, config)
+
+    return attend
+
+
+def decode(
+    weights: Weights,
+    cache: LatentCache,
+    tokens: Int[Array, "batch seq"],
+    active: Array,
+    config: ModelConfig,
+) -> tuple[Float[Array, "batch seq d"], LatentCache]:
+    """Reads the next `seq` tokens of every sequence in the absorbed form.
+
+    Sequences that are not `active` write nothing. `cache.lengths` is left for the caller to advance, by the
+    tokens that are kept. Returns the hidden states after the final norm, and the cache.
+    """
+    seq = tokens.shape[1]
+    attend = _absorbing(cache, cache.lengths + seq, seq, active, config)
+    hidden, layers = _main(weights, weights.embedding[tokens], cache, attend, config)
+    layers += cache.layers[config.n_layers :]
+    return hidden, LatentCache(tuple(layers), cache.lengths, cache.page_table, cache.streams)
+
+
+def draft(
+    weights: Weights,
+    cache: LatentCache,
+    depth: int,
+    state: Float[Array, "batch window d"],
+    tokens: Int[Array, "batch window"],
+    active: Array,
+    config: ModelConfig,
+) -> tuple[Float[Array, "batch window d"], LatentCache]:
+    """MTP depth `depth` over the last `window` positions of every sequence (DeepSeek-V3 eqs 21-22).
+
+    `state` is the output of the depth before (of the model itself, at depth 1), and `tokens` those `depth`
+    positions later. Returns the depth's output after its norm, and the cache with its entries written again:
+    what an earlier step wrote with a rejected draft is mended, since the window covers it.
+    """
+    w, number = weights.depths[depth - 1], config.n_layers + depth - 1
+    attend = _absorbing(cache, cache.lengths, state.shape[1], active, config)
+    merged = _merge(w, state, weights.embedding[tokens], config)
+    out, layer = _block(w["block"], merged, cache.layers[number], attend, config)
+    layers = (*cache.layers[:number], layer, *cache.layers[number + 1 :])
+    return rms_norm(out, w["norm"], config.norm_eps), LatentCache(
+        layers, cache.lengths, cache.page_table, cache.streams
+    )

@@ -1,0 +1,404 @@
+"""`Generator`: prompts in, tokens or text out, at once or as they come."""
+
+import functools
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.data.tokenizers import Tokenizer
+from dsv3_jax.generation import decode, forward
+from dsv3_jax.generation.cache import DTYPES, LatentCache, init_cache
+from dsv3_jax.generation.decode import DecodeState, Emitted
+from dsv3_jax.generation.sampling import RequestError, SamplingParams, make_sampler
+from dsv3_jax.generation.speculation import window
+from dsv3_jax.generation.text import TextStream
+from dsv3_jax.generation.weights import Weights, prepare
+
+CAPACITY_STEP = 256  # Capacities are multiples of it, so that few programs are compiled.
+SMALLEST_CHUNK = 16
+
+
+@dataclass
+class Statistics:
+    """Counts of a generator since it was made; seconds are of decoding alone, compilation included."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+    steps: int = 0  # Sequences times steps.
+    accepted: list[int] = field(default_factory=list)  # Drafts accepted, by position.
+
+    def acceptance(self) -> list[float]:
+        """The share of accepted drafts, by position."""
+        return [count / max(self.steps, 1) for count in self.accepted]
+
+    def summary(self) -> str:
+        """One line for a person."""
+        speed = self.tokens / max(self.seconds, 1e-9)
+        line = f"{self.tokens} tokens in {self.seconds:.2f} s: {speed:.1f} tokens/s"
+        if self.accepted:
+            rates = ", ".join(f"{rate:.1%}" for rate in self.acceptance())
+            line += f"; drafts accepted by position: {rates}"
+            line += f"; {self.tokens / max(self.steps, 1):.2f} tokens a step"
+        return line
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What follows a prompt; the stop token or string is no part of it."""
+
+    tokens: list[int]
+    log_probs: list[float]
+    text: str  # Empty without a tokenizer.
+    finish_reason: str  # "stop", or "length" when the limit of tokens or of the context was reached.
+
+
+class Piece(NamedTuple):
+    """What a step adds to a text."""
+
+    tokens: list[int]
+    log_probs: list[float]
+    text: str
+    finish_reason: str | None  # None: more is to come.
+
+
+def check_prompt(prompt: Sequence[int] | np.ndarray, config: ModelConfig) -> np.ndarray:
+    """The prompt as int32, or a RequestError that names the limit."""
+    tokens = np.asarray(prompt, np.int64).reshape(-1)
+    if not len(tokens):
+        raise RequestError("the prompt is empty: give at least one token")
+    if len(tokens) >= config.max_seq_len:
+        raise RequestError(
+            f"the prompt has {len(tokens)} tokens, and model.max_seq_len is {config.max_seq_len}: "
+            f"give at most {config.max_seq_len - 1}"
+        )
+    if tokens.min() < 0 or tokens.max() >= config.vocab_size:
+        raise RequestError(
+            f"the prompt has token {int(tokens.max() if tokens.min() >= 0 else tokens.min())}, and "
+            f"model.vocab_size is {config.vocab_size}: is this the tokenizer of the model?"
+        )
+    return tokens.astype(np.int32)
+
+
+def check_drafts(config: ModelConfig, drafts: int) -> None:
+    """Raises RequestError unless the model has so many depths to draft with."""
+    if not 0 <= drafts <= config.mtp.depth:
+        raise RequestError(f"speculation with {drafts} drafts, but model.mtp.depth is {config.mtp.depth}")
+
+
+@functools.partial(jax.jit, static_argnames=("config", "block", "drafts"), donate_argnames=("cache",))
+def prefill_chunk(
+    weights: Weights,
+    cache: LatentCache,
+    kept: Float[Array, "batch window d"],
+    tokens: Int[Array, "batch chunk_ahead"],
+    start: Int[Array, ""],
+    lengths: Int[Array, " batch"],
+    config: ModelConfig,
+    block: int,
+    drafts: int,
+) -> tuple[LatentCache, Float[Array, "batch window d"]]:
+    """`forward.prefill`, keeping of its hidden states those of each prompt's last `window` positions."""
+    hidden, cache = forward.prefill(
+        weights, cache, tokens, start, lengths, config, block=block, drafts=drafts
+    )
+    wanted = lengths[:, None] - kept.shape[1] + jnp.arange(kept.shape[1]) - start
+    here = (wanted >= 0) & (wanted < hidden.shape[1])
+    index = jnp.clip(wanted, 0, hidden.shape[1] - 1)
+    found = jnp.take_along_axis(hidden, index[..., None], axis=1)
+    return cache, jnp.where(here[..., None], found, kept)
+
+
+def chunks(longest: int, chunk: int) -> Iterator[tuple[int, int]]:
+    """(start, size) of a prompt's chunks: whole ones, then the least power of two that holds the rest."""
+    for start in range(0, longest, chunk):
+        rest, size = longest - start, SMALLEST_CHUNK
+        while size < min(rest, chunk):
+            size *= 2
+        yield start, min(size, chunk)
+
+
+def prefill(
+    weights: Weights,
+    cache: LatentCache,
+    prompts: Int[np.ndarray, "batch longest"],
+    lengths: Int[np.ndarray, " batch"],
+    config: ModelConfig,
+    *,
+    chunk: int,
+    drafts: int,
+) -> tuple[LatentCache, Float[Array, "batch window d"]]:
+    """Reads whole prompts, padded at the right, chunk by chunk; `cache.lengths` are theirs afterwards."""
+    batch, longest = prompts.shape
+    kept = jnp.zeros((batch, max(1, window(drafts)), config.d_model), weights.embedding.dtype)
+    for start, size in chunks(longest, chunk):
+        piece = np.zeros((batch, size + drafts), np.int32)
+        ahead = prompts[:, start : start + size + drafts]
+        piece[:, : ahead.shape[1]] = ahead
+        cache, kept = prefill_chunk(
+            weights, cache, kept, piece, np.int32(start), lengths, config, chunk, drafts
+        )
+    return replace(cache, lengths=jnp.asarray(lengths)), kept
+
+
+@functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("state",))
+def _first(weights, state, hidden, config):
+    del config
+    return decode.first_tokens(weights, state, hidden)
+
+
+@functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("state",))
+def _step(weights, state, config):
+    return decode.step(weights, state, config)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "room"), donate_argnames=("state",))
+def _run(weights, state, config, room):
+    return decode.run(weights, state, config, room)
+
+
+def needs_filters(params: SamplingParams) -> bool:
+    """Whether a request uses more than the temperature."""
+    plain = SamplingParams()
+    fields = ("top_k", "top_p", "min_p", "repetition_penalty")
+    return any(getattr(params, name) != getattr(plain, name) for name in fields)
+
+
+class Generator:
+    """Generates from one model.
+
+    Args:
+      config: the model.
+      variables: its parameters and router state, as training has them.
+      tokenizer: for text; None works on tokens, with `eos_id`.
+      dtype: of weights and activations.
+      cache_dtype: a key of `cache.DTYPES`; None is the cache in `dtype`.
+      speculate: drafts a step, at most `config.mtp.depth`; 0 decodes plainly.
+      chunk: tokens of a prompt read at once.
+      page_size: entries of a cache page; 0 keeps each sequence in one piece.
+      eos_id: the end-of-text token when there is no tokenizer; -1: none.
+
+    Raises:
+      RequestError: the tokenizer or the drafts do not fit the model.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        variables: Any,
+        tokenizer: Tokenizer | None = None,
+        *,
+        dtype: jax.typing.DTypeLike = jnp.float32,
+        cache_dtype: str | None = None,
+        speculate: int = 0,
+        chunk: int = 512,
+        page_size: int = 0,
+        eos_id: int = -1,
+    ):
+        check_drafts(config, speculate)
+        if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+            raise RequestError(
+                f"the tokenizer has {tokenizer.vocab_size} tokens, and model.vocab_size is "
+                f"{config.vocab_size}: give the tokenizer that the model was trained with"
+            )
+        matching = {jnp.dtype(d): name for name, d in DTYPES.items()}[jnp.dtype(dtype)]
+        self.config, self.tokenizer = config, tokenizer
+        self.cache_dtype, self.drafts, self.chunk = cache_dtype or matching, speculate, chunk
+        self.page_size = page_size
+        self.eos_id = eos_id if tokenizer is None else tokenizer.eos_id
+        self.weights = jax.jit(prepare, static_argnums=(1, 2))(variables, config, jnp.dtype(dtype))
+        self.statistics = Statistics(accepted=[0] * speculate)
+
+    def encode(self, prompt: str | Sequence[int]) -> np.ndarray:
+        """A prompt's tokens, checked. An empty text continues the end of a document."""
+        if not isinstance(prompt, str):
+            return check_prompt(prompt, self.config)
+        if self.tokenizer is None:
+            raise RequestError("the prompt is text, and this generator has no tokenizer: give token ids")
+        return check_prompt(self.tokenizer.encode(prompt) if prompt else [self.eos_id], self.config)
+
+    def generate(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[Completion]:
+        """Completes a batch of prompts, of any lengths.
+
+        Raises:
+          RequestError: a prompt or a parameter cannot be served, or the model's logits are not finite.
+        """
+        requests = self._requests(prompts, params)
+        if any(request.stop_strings for request in requests):
+            return self._by_stream(prompts, requests)
+        state, emitted = self._start(prompts, requests)
+        started = time.perf_counter()
+        room = 1 << max(int(state.left.max()) - 1, 0).bit_length()
+        _, texts = _run(self.weights, state, self.config, room)
+        emitted, texts = jax.device_get((emitted, texts))
+        self._count(texts.n_tokens.sum(), texts.steps.sum(), texts.accepted.sum(0), started)
+        _need_finite(emitted.finite & texts.finite)
+        out = []
+        for row, request in enumerate(requests):
+            n = texts.n_tokens[row]
+            tokens = [*emitted.tokens[row, : emitted.n_tokens[row]].tolist(), *texts.tokens[row, :n].tolist()]
+            log_probs = [*emitted.log_probs[row].tolist(), *texts.log_probs[row, :n].tolist()]
+            out.append(self._completion(tokens, log_probs, request))
+        return out
+
+    def stream(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Iterator[Piece]:
+        """Completes one prompt, piece by piece; the last piece has a `finish_reason`."""
+        return (pieces[0] for pieces in self.stream_batch([prompt], params))
+
+    def stream_batch(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> Iterator[dict[int, Piece]]:
+        """For each step, the pieces of the prompts that it continued, by their number."""
+        requests = self._requests(prompts, params)
+        state, emitted = self._start(prompts, requests)
+        followers = [Follower(request, self.tokenizer, self.eos_id) for request in requests]
+        open_rows = set(range(len(requests)))
+        first, started = True, time.perf_counter()
+        while open_rows:
+            # The device is at the next step while the host looks at this one.
+            state, coming = _step(self.weights, state, self.config)
+            now = jax.device_get(emitted)
+            if not first:
+                rows = now.accepted >= 0
+                by_depth = [(now.accepted > j).sum() for j in range(self.drafts)]
+                self._count(now.n_tokens.sum(), rows.sum(), by_depth, started)
+                started = time.perf_counter()
+            _need_finite(now.finite)
+            pieces = {row: followers[row].push(now, row) for row in open_rows if now.accepted[row] >= 0}
+            open_rows -= {row for row, piece in pieces.items() if piece.finish_reason}
+            emitted, first = coming, False
+            yield pieces
+
+    def _by_stream(self, prompts, requests) -> list[Completion]:
+        pieces: list[list[Piece]] = [[] for _ in requests]
+        for step in self.stream_batch(prompts, requests):
+            for row, piece in step.items():
+                pieces[row].append(piece)
+        return [
+            Completion(
+                [token for piece in row for token in piece.tokens],
+                [value for piece in row for value in piece.log_probs],
+                "".join(piece.text for piece in row),
+                row[-1].finish_reason or "length",
+            )
+            for row in pieces
+        ]
+
+    def _requests(self, prompts, params) -> list[SamplingParams]:
+        if not prompts:
+            raise RequestError("no prompts: give at least one")
+        if params is None or isinstance(params, SamplingParams):
+            return [params or SamplingParams()] * len(prompts)
+        if len(params) != len(prompts):
+            raise RequestError(f"{len(prompts)} prompts and {len(params)} parameters: give one for each")
+        return list(params)
+
+    def _start(self, prompts, requests: list[SamplingParams]) -> tuple[DecodeState, Emitted]:
+        """Prefills and samples the first token of each."""
+        encoded = [self.encode(prompt) for prompt in prompts]
+        lengths = np.array([len(tokens) for tokens in encoded], np.int32)
+        padded = np.zeros((len(encoded), lengths.max()), np.int32)
+        for row, tokens in zip(padded, encoded, strict=True):
+            row[: len(tokens)] = tokens
+        limits = np.array([request.max_new_tokens for request in requests])
+        left = np.minimum(limits, self.config.max_seq_len - lengths).astype(np.int32)
+        # The last step may write drafts past the last token.
+        capacity = -(-int((lengths + left).max() + self.drafts) // CAPACITY_STEP) * CAPACITY_STEP
+        cache = self._cache(len(encoded), capacity)
+        cache, hidden = prefill(
+            self.weights, cache, padded, lengths, self.config, chunk=self.chunk, drafts=self.drafts
+        )
+        recent = np.zeros((len(encoded), max(1, window(self.drafts))), np.int32)
+        seen = np.zeros(
+            (len(encoded), self.config.vocab_size if any(map(needs_filters, requests)) else 0), bool
+        )
+        for row, tokens in enumerate(encoded):
+            tail = tokens[-recent.shape[1] :]
+            recent[row, recent.shape[1] - len(tail) :] = tail
+            if seen.shape[1]:
+                seen[row, tokens] = True
+        state = DecodeState(
+            cache,
+            jnp.asarray(recent),
+            hidden if self.drafts else hidden[:, :0],
+            jnp.asarray(seen),
+            make_sampler(requests, self.eos_id),
+            jnp.asarray(left),
+            jnp.ones(len(encoded), bool),
+        )
+        return _first(self.weights, state, hidden[:, -1], self.config)
+
+    def _cache(self, batch: int, capacity: int) -> LatentCache:
+        cache = init_cache(
+            self.config, batch, capacity, self.cache_dtype, page_size=self.page_size, drafts=self.drafts
+        )
+        if cache.page_table is None:
+            return cache
+        table = jnp.arange(cache.page_table.size, dtype=jnp.int32).reshape(cache.page_table.shape)
+        return replace(cache, page_table=table)
+
+    def _count(self, tokens, steps, accepted, started: float) -> None:
+        statistics = self.statistics
+        statistics.tokens += int(tokens)
+        statistics.steps += int(steps)
+        statistics.accepted = [old + int(new) for old, new in zip(statistics.accepted, accepted, strict=True)]
+        statistics.seconds += time.perf_counter() - started
+
+    def _completion(self, tokens: list[int], log_probs: list[float], request: SamplingParams) -> Completion:
+        stopped = tokens[-1] in _stops(request, self.eos_id)
+        if stopped:
+            tokens, log_probs = tokens[:-1], log_probs[:-1]
+        text = "" if self.tokenizer is None else self.tokenizer.decode(tokens)
+        return Completion(tokens, log_probs, text, "stop" if stopped else "length")
+
+
+def _stops(request: SamplingParams, eos_id: int) -> set[int]:
+    return {*request.stop_tokens, *([] if request.ignore_eos else [eos_id])}
+
+
+def _need_finite(finite: np.ndarray) -> None:
+    if not finite.all():
+        rows = np.flatnonzero(~finite).tolist()
+        raise RequestError(
+            f"the model's logits are not finite (prompts {rows}): its weights or its cache hold NaN or "
+            "infinity; try --dtype fp32, or another checkpoint"
+        )
+
+
+class Follower:
+    """Turns what the steps emit for one request into pieces of its text."""
+
+    def __init__(self, request: SamplingParams, tokenizer: Tokenizer | None, eos_id: int):
+        self._stops = _stops(request, eos_id)
+        self._text = None if tokenizer is None else TextStream(tokenizer, request.stop_strings)
+
+    def push(self, emitted: Emitted, row: int) -> Piece:
+        """The piece of a step, from `Emitted` on the host; a stop string may end it before the model does."""
+        tokens, log_probs, text, reason = [], [], "", None
+        for j in range(int(emitted.n_tokens[row])):
+            token = int(emitted.tokens[row, j])
+            if token in self._stops:
+                reason = "stop"
+                break
+            tokens.append(token)
+            log_probs.append(float(emitted.log_probs[row, j]))
+            text += self._text.push(token) if self._text else ""
+            if self._text and self._text.stopped:
+                return Piece(tokens, log_probs, text, "stop")
+        if reason is None and not emitted.active[row]:
+            reason = "length"
+        if reason and self._text:
+            text += self._text.finish()
+        return Piece(tokens, log_probs, text, reason)

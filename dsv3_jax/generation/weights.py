@@ -1,0 +1,81 @@
+"""The parameters arranged for generation: a layer apart from the next, cast and absorbed once."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax.core import meta
+from jaxtyping import Array, Float
+
+from dsv3_jax.config import ModelConfig
+
+# What training also reads in float32: the router and the norms.
+_WIDE = ("centroids", "bias", "scale")
+
+
+class Weights(NamedTuple):
+    """What a decode step reads.
+
+    Layers are separate arrays: a slice of a stack would be copied at every step. A layer is
+    `{"attention_norm", "attention", "ffn_norm", "ffn" | "moe"}`; a depth of MTP has such a layer as "block",
+    its "norm", and in a chain "embedding_norm", "hidden_norm" and "merge".
+    """
+
+    embedding: Float[Array, "vocab d"]
+    head: Float[Array, "d vocab"]
+    final_norm: Float[Array, " d"]
+    layers: tuple[dict[str, Any], ...]
+    depths: tuple[dict[str, Any], ...]
+
+
+def prepare(variables: Any, config: ModelConfig, dtype: jax.typing.DTypeLike = jnp.float32) -> Weights:
+    """The variables of training (`params`, `router`) as `Weights` in `dtype`.
+
+    W_UK and W_UV are split and turned so that decoding applies them to queries and outputs:
+    q' = W_UK^T q_C and o = W_UV o' (DeepSeek-V2 §2.1.2). Their products with W_UQ and W_O are not formed:
+    at V3's widths those have three times the elements, and decoding is bound by the bytes that it reads.
+    """
+    return _prepare(meta.unbox(dict(variables)), config, jnp.dtype(dtype))
+
+
+def _prepare(variables: Any, config: ModelConfig, dtype: jnp.dtype) -> Weights:
+    params, router = variables["params"], variables.get("router", {})
+    layers = []
+    for stack in ("dense_layers", "moe_layers"):
+        if stack in params:
+            merged = _with_bias(params[stack], router.get(stack))
+            for i in range(params[stack]["attention_norm"]["scale"].shape[0]):
+                layers.append(_layer(jax.tree.map(lambda leaf, i=i: leaf[i], merged), config, dtype))
+    depths = []
+    for k in range(1, config.mtp.depth + 1):
+        part = dict(params[f"mtp_{k}"])
+        block = _with_bias(part.pop("block"), router.get(f"mtp_{k}", {}).get("block"))
+        depths.append(_cast(part, dtype) | {"block": _layer(block, config, dtype)})
+    embedding = params["embedding"].astype(dtype)
+    head = embedding.T if config.tie_embeddings else params["head"].astype(dtype)
+    return Weights(embedding, head, params["final_norm"]["scale"], tuple(layers), tuple(depths))
+
+
+def _with_bias(params: Any, router: Any) -> Any:
+    if "moe" not in params:
+        return params
+    return {**params, "moe": {**params["moe"], "bias": router["moe"]["bias"]}}
+
+
+def _cast(tree: Any, dtype: jnp.dtype) -> Any:
+    """Matrices in `dtype`; a norm, `{"scale": ...}` in training, is its scale."""
+    if not isinstance(tree, dict):
+        return tree.astype(dtype)
+    if set(tree) == {"scale"}:
+        return tree["scale"].astype(jnp.float32)
+    return {k: v.astype(jnp.float32) if k in _WIDE else _cast(v, dtype) for k, v in tree.items()}
+
+
+def _layer(layer: Any, config: ModelConfig, dtype: jnp.dtype) -> dict[str, Any]:
+    out = _cast(layer, dtype)
+    attention = out["attention"]
+    if "w_uk_uv" in attention:
+        w_uk, w_uv = jnp.split(attention.pop("w_uk_uv"), [config.attention.qk_nope_head_dim], axis=-1)
+        attention["w_uk"] = jnp.transpose(w_uk, (1, 2, 0))  # [heads, nope, rank]
+        attention["w_uv"] = jnp.transpose(w_uv, (1, 0, 2))  # [heads, rank, v]
+    return out

@@ -1,0 +1,96 @@
+"""Prefill and decoding against the training forward over the whole text, position by position."""
+
+import functools
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsv3_jax.generation import forward
+from dsv3_jax.generation.cache import init_cache
+from dsv3_jax.generation.generator import prefill
+from dsv3_jax.generation.weights import prepare
+from tests.generation.models import CONFIGS, teacher_forced, variables
+
+LENGTHS = np.array([5, 17, 12], np.int32)
+STEPS = 6
+PAGE = 4
+
+
+@functools.cache
+def weights(name):
+    return jax.jit(prepare, static_argnums=1)(variables(name), CONFIGS[name])
+
+
+decode = jax.jit(forward.decode, static_argnames="config")
+
+
+def logits_of(name, hidden):
+    return np.asarray(jnp.matmul(hidden, weights(name).head, precision="highest"))
+
+
+def ragged(name):
+    rng = np.random.default_rng(5)
+    texts = rng.integers(0, CONFIGS[name].vocab_size, (3, 40)).astype(np.int32)
+    prompts = np.where(np.arange(LENGTHS.max()) < LENGTHS[:, None], texts[:, : LENGTHS.max()], 0)
+    return texts, prompts
+
+
+def shuffled_pages(cache):
+    """Every sequence's pages in an order of their own, and none in use twice."""
+    order = np.random.default_rng(0).permutation(cache.page_table.size)
+    return replace(cache, page_table=jnp.asarray(order.reshape(cache.page_table.shape), jnp.int32))
+
+
+def decoded(name, dtype, page_size, seq=1, chunk=16):
+    """The logits of STEPS rounds of `seq` tokens after each prompt, and those of the forward."""
+    config = CONFIGS[name]
+    texts, prompts = ragged(name)
+    cache = init_cache(config, 3, 40, dtype, page_size=page_size)
+    if page_size:
+        cache = shuffled_pages(cache)
+    cache, last = prefill(weights(name), cache, prompts, LENGTHS, config, chunk=chunk, drafts=0)
+    found, expected = [logits_of(name, last[:, -1])], []
+    for i in range(STEPS):
+        at = LENGTHS[:, None] + i * seq + np.arange(seq)
+        new = np.take_along_axis(texts, at, axis=1)
+        hidden, cache = decode(weights(name), cache, new, np.ones(3, bool), config)
+        cache = replace(cache, lengths=cache.lengths + seq)
+        found += list(np.moveaxis(logits_of(name, hidden), 1, 0))
+    for row, n in enumerate(LENGTHS):
+        whole = teacher_forced(name, texts[row, : n + STEPS * seq])
+        expected.append(whole[n - 1 : n + STEPS * seq])
+    return np.stack(found, 1), np.stack(expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "page_size"), [("v3", 0), ("v3", PAGE), ("v2", 0), ("mha", 0), ("gqa", PAGE), ("mqa", PAGE)]
+)
+def test_prefill_and_decode_equal_the_forward(name, page_size):
+    found, expected = decoded(name, "fp32", page_size)
+    # float32, logits near 3: a few hundred roundings of 6e-8.
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+def test_several_tokens_at_once():
+    found, expected = decoded("v3", "fp32", PAGE, seq=3)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+def test_chunked_prefill():
+    found, expected = decoded("v3", "fp32", PAGE, chunk=4)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+def test_sequences_at_rest_write_nothing():
+    config = CONFIGS["v3"]
+    texts, prompts = ragged("v3")
+    cache = init_cache(config, 3, 40, "fp32")
+    cache, _ = prefill(weights("v3"), cache, prompts, LENGTHS, config, chunk=16, drafts=0)
+    before = jax.device_get(cache)
+    _, cache = decode(weights("v3"), cache, texts[:, :1], np.array([True, False, True]), config)
+    for old, new in zip(before.layers, cache.layers, strict=True):
+        np.testing.assert_array_equal(old.c_kv[1], new.c_kv[1])
+        assert (np.asarray(new.c_kv[0]) != old.c_kv[0]).any()
