@@ -70,9 +70,10 @@ def mla_attention(
       segment_ids: attend within equal ids only (packed documents).
       kv_segment_ids: ids of the keys; those of the queries by default (then `q_len == kv_len`).
       return_lse: also return the float32 log-sum-exp of the scaled, masked logits.
-      implementation: `"auto"`, or one by name: `"reference"` (every score at once), `"strips"` (plain
-        JAX, unrolled, up to 1024 positions), `"chunked"` (plain JAX, memory linear in the length), `"cudnn"` (GPU; no segment ids, no gradient through the
-        log-sum-exp) or `"mosaic_gpu"` (Hopper, bf16; our kernel).
+      implementation: `"auto"`, or one by name: `"reference"` (every score at once), `"strips"`
+        (plain JAX, unrolled, up to 1024 positions), `"chunked"` (plain JAX, memory linear in the length),
+        `"cudnn"` (GPU; no segment ids, no gradient through the log-sum-exp) or `"mosaic_gpu"` (Hopper,
+        bf16; our kernel).
 
     Returns:
       The output in the dtype of q; a query that sees no key gets 0 and log-sum-exp -inf. Both carry names for

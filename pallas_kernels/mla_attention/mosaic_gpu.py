@@ -23,7 +23,7 @@ def unsupported(q, k, v, k_rope, q_segments, kv_segments, *, causal) -> str | No
         return f"JAX {jax.__version__} is older than 0.11.2; install the gpu extra, or use 'chunked'"
     if implementations.platform() != "gpu":
         return "it is written for Hopper GPUs; use 'chunked' or 'reference'"
-    if not _on_hopper():
+    if not on_hopper():
         return "the GPU is not of the Hopper generation (compute capability 9.0); use 'cudnn' or 'chunked'"
     if not q.dtype == k.dtype == v.dtype == jnp.bfloat16:
         return f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; it takes bfloat16; use 'chunked'"
@@ -44,12 +44,12 @@ def _gpus():
         return []
 
 
-def _on_hopper() -> bool:
+def on_hopper() -> bool:
     """True as well without any GPU: then another machine's is compiled for."""
     return all(device.compute_capability == "9.0" for device in _gpus())
 
 
-def _multiprocessors() -> int:
+def multiprocessors() -> int:
     return _gpus()[0].core_count if _gpus() else _MULTIPROCESSORS
 
 
@@ -106,7 +106,7 @@ def _forward(q, k, v, k_rope, q_segments, kv_segments, scale, causal, config, wo
         ranges,
         call=call,
         config=config,
-        multiprocessors=_multiprocessors(),
+        multiprocessors=multiprocessors(),
     )
     out, lse = out[:, : call.q_len], lse[..., : call.q_len]
     # Named, so that a recomputation policy can keep them: then the backward pass does not come here again.

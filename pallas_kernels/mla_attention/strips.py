@@ -1,9 +1,9 @@
 """Attention in plain JAX for short sequences on CPU: a few strips of queries, unrolled.
 
-A strip of queries sees a prefix of the keys (causal), so its scores are one product with exactly that prefix
-and nothing of the upper triangle beyond the strip is computed. Heads come before positions once, at the start:
-every product is then a batch of plain matrix products, which XLA's CPU library runs fastest. The backward pass
-recomputes the probabilities from the log-sum-exp, as in FlashAttention-2 (Dao 2023).
+A strip of queries sees a prefix of the keys (causal): its scores are one product with exactly that prefix,
+and what lies above the diagonal is computed within the strip only. Heads come before positions once, at the
+start: every product is then a batch of plain matrix products, which XLA's CPU library runs fastest. The
+backward pass recomputes the probabilities from the log-sum-exp, as in FlashAttention-2 (Dao 2023).
 """
 
 import functools
