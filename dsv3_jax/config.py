@@ -59,7 +59,8 @@ class MoEConfig:
     normalize_gates: bool = True  # Divide the selected gates by their sum.
     routed_scale: float = 1.0
     bias_speed: float = 0.001  # Auxiliary-loss-free balancing (arXiv 2408.15664); 0 turns the bias off.
-    bias_until: float = 1.0  # Fraction of the token budget after which the bias stands still.
+    bias_final_ratio: float = 1.0  # The speed shrinks linearly to this part of itself ...
+    bias_until: float = 1.0  # ... at this fraction of the token budget, after which the bias stands still.
     sequence_loss: float = 1e-4  # Weight of V3's sequence-wise balance loss (eq 17).
     batch_loss: float = 0.0  # Weight of the batch-wise balance loss (V3 §4.5.3).
     expert_loss: float = 0.0  # Weights of V2's expert-, device- and communication-level losses (eqs 23-31).

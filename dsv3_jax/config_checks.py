@@ -212,7 +212,12 @@ _MINIMUM = {
     "checkpoint": {"every": 0, "keep_last": 1, "keep_best": 0},
 }
 _LOSSES = ("sequence_loss", "batch_loss", "expert_loss", "device_loss", "communication_loss")
-_FRACTIONS = ("model.moe.bias_until", "model.mtp.loss_weight_until", "train.ramp_until")
+_FRACTIONS = (
+    "model.moe.bias_until",
+    "model.moe.bias_final_ratio",
+    "model.mtp.loss_weight_until",
+    "train.ramp_until",
+)
 _BELOW_ONE = ("optimizer.b1", "optimizer.b2", "train.ema_decay")
 _POSITIVE = ("model.norm_eps", "model.attention.latent_norm_eps", "model.init_std", "optimizer.eps")
 

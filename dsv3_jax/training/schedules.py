@@ -80,9 +80,16 @@ def learning_rate(config: Config, step: int, tokens: int) -> float:
 
 
 def bias_speed(config: Config, tokens: int) -> float:
-    """Step of the router bias (gamma): `bias_speed`, and 0 after `bias_until` of the budget (V3 §4.2)."""
+    """Step of the router bias (gamma): `bias_speed`, and 0 after `bias_until` of the budget (V3 §4.2).
+
+    Ours: it may shrink linearly on the way. A short run needs a fast bias while a high learning rate
+    moves the router, and a slow one at the end, where a fast one overshoots.
+    """
     moe = config.model.moe
-    return moe.bias_speed if tokens < _milestone(moe.bias_until, token_budget(config)) else 0.0
+    end = _milestone(moe.bias_until, token_budget(config))
+    if tokens >= end:
+        return 0.0
+    return moe.bias_speed * (1 - (1 - moe.bias_final_ratio) * tokens / end)
 
 
 def mtp_weight(config: Config, tokens: int) -> float:

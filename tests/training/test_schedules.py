@@ -188,6 +188,13 @@ def test_bias_speed_and_mtp_weight_change_once():
     assert schedules.mtp_weight(V3, 10 * T) == 0.1
 
 
+def test_bias_speed_shrinks_linearly_when_asked():
+    moe = MoEConfig(bias_speed=0.01, bias_final_ratio=0.2, bias_until=0.5)
+    config = Config(model=ModelConfig(moe=moe), train=TrainConfig(token_budget=1000))
+    found = [schedules.bias_speed(config, tokens) for tokens in (0, 250, 499, 500)]
+    assert found == pytest.approx([0.01, 0.006, 0.01 * (1 - 0.8 * 0.998), 0.0])
+
+
 def test_the_last_step_of_a_default_run_still_moves_the_bias():
     train = TrainConfig(steps=3, batch_size=2, seq_len=8)
     assert schedules.bias_speed(Config(train=train), 2 * 2 * 8) == MoEConfig().bias_speed
