@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32, Shaped
 
 from pallas_kernels import implementations
-from pallas_kernels.mla_decode import blocked, reference
+from pallas_kernels.mla_decode import blocked, mosaic_gpu, reference
 
 # Each module offers `attention(q, c_kv, k_rope, lengths, page_table, c_kv_scale, k_rope_scale, *, scale)`
 # that returns (output, log-sum-exp), and `unsupported` of the same arrays.
-_MODULES = {"reference": reference, "blocked": blocked}
+_MODULES = {"reference": reference, "blocked": blocked, "mosaic_gpu": mosaic_gpu}
 IMPLEMENTATIONS = tuple(_MODULES)
 _PREFERENCE = {"cpu": ("blocked",), "gpu": ("blocked",), "tpu": ("blocked",)}
 QUANTISED = (jnp.int8, jnp.float8_e4m3fn)

@@ -53,7 +53,7 @@ def make(name, cache_dtype=jnp.float32, dtype=jnp.float32, seed=0):
     return (q, *caches, jnp.asarray(lengths, jnp.int32)), options, meant
 
 
-def float64(q, lengths, values, rope):
+def float64(q, lengths, values, rope, scale=SCALE):
     q, lengths = np.asarray(q.astype(jnp.float32), np.float64), np.asarray(lengths)
     out = np.zeros((*q.shape[:3], values.shape[-1]))
     lse = np.full(q.shape[:3], -np.inf)
@@ -61,7 +61,7 @@ def float64(q, lengths, values, rope):
         seen = lengths[row] - q.shape[1] + j + 1
         if seen <= 0:
             continue
-        logits = q[row, j] @ np.concatenate([values[row], rope[row]], -1)[:seen].T * SCALE
+        logits = q[row, j] @ np.concatenate([values[row], rope[row]], -1)[:seen].T * scale
         peak = logits.max(-1, keepdims=True)
         weights = np.exp(logits - peak)
         total = weights.sum(-1, keepdims=True)

@@ -1,0 +1,142 @@
+"""The Hopper kernels of `mla_decode`: how work is shared out and lowering here, numbers on a card."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_mla_decode import float64
+
+from pallas_kernels import UnsupportedError, mla_decode, target_platform
+from pallas_kernels.mla_attention import mosaic_gpu as hopper
+from pallas_kernels.mla_decode import mosaic_gpu
+from pallas_kernels.mla_decode.shapes import CORRECTNESS, Shape
+
+lowers = pytest.mark.skipif(jax.__version_info__ < hopper.MINIMUM_JAX, reason="needs JAX 0.11.2")
+
+
+def check_shares(lengths, groups, block=128):
+    """Every block of every sequence goes to one group, its part is found, and no share is much larger."""
+    lengths = np.asarray(lengths, np.int32)
+    edges, bounds = (np.asarray(x) for x in mosaic_gpu.share_out(jnp.asarray(lengths), groups, block))
+    blocks = -(-lengths // block)
+    seen = [[] for _ in lengths]
+    parts = [[] for _ in lengths]
+    for group in range(groups):
+        (first, low), (last, high) = edges[group], edges[group + 1]
+        load = 0
+        for b in range(first, min(last, len(lengths) - 1) + 1):
+            begin, end = (low if b == first else 0), (high if b == last else blocks[b])
+            if begin < end:
+                seen[b] += range(begin, end)
+                parts[b].append(b + group)
+                load += end - begin
+        assert load <= -(-(blocks.sum() + len(lengths)) // groups)
+    for b, count in enumerate(blocks):
+        assert seen[b] == list(range(count))
+        assert parts[b] == list(range(*bounds[b]))
+    numbers = [part for each in parts for part in each]
+    assert len(set(numbers)) == len(numbers) and max(numbers, default=0) < len(lengths) + groups - 1
+
+
+@pytest.mark.parametrize("lengths, groups", [([0], 3), ([1], 132), ([0, 0, 500, 0, 1], 4), ([16384], 132)])
+def test_every_block_is_shared_out_once(lengths, groups):
+    check_shares(lengths, groups)
+
+
+@settings(max_examples=25)
+@given(st.lists(st.integers(0, 2000), min_size=7, max_size=7), st.sampled_from([1, 5, 66]))
+def test_any_lengths_are_shared_out(lengths, groups):
+    check_shares(lengths, groups)
+
+
+def trace(shape, dtype=jnp.bfloat16):
+    """Shapes of the operands, and the function of them that calls the kernels."""
+    (q, c_kv, k_rope, lengths), arrays = jax.eval_shape(
+        lambda: (shape.operands()[0], {k: v for k, v in shape.operands()[1].items() if k != "scale"})
+    )
+    operands = [jax.ShapeDtypeStruct(x.shape, dtype) for x in (q, c_kv, k_rope)]
+
+    def f(q, c_kv, k_rope, lengths, arrays):
+        return mla_decode(q, c_kv, k_rope, lengths, scale=0.1, implementation="mosaic_gpu", **arrays)
+
+    return f, (*operands, lengths, arrays)
+
+
+def lower(f, operands):
+    with target_platform("gpu"):
+        return jax.jit(f).trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@lowers
+@pytest.mark.parametrize(
+    "shape",
+    [Shape(3, 300, 16), Shape(2, 700, 128, s_q=2, page=64), Shape(2, 90, 24, page=16, rank=256)],
+    ids=str,
+)
+def test_lowers_for_hopper(shape):
+    """Two kernels, layouts and shared memory checked by the compiler's front end."""
+    assert lower(*trace(shape)).count("@mosaic_gpu_v2(") == 2
+
+
+@lowers
+@pytest.mark.parametrize(
+    "shape, dtype, message",
+    [
+        (Shape(1, 128, 16), jnp.float32, "it takes bfloat16"),
+        (Shape(1, 128, 16, rank=192), jnp.bfloat16, "widths 192 and 64"),
+        (Shape(1, 128, 16, rope=32), jnp.bfloat16, "widths 512 and 32"),
+        (Shape(1, 128, 16, page=48), jnp.bfloat16, "page size 48"),
+        (Shape(1, 128, 9000), jnp.bfloat16, "too many rows"),
+    ],
+)
+def test_refusals_name_the_constraint(shape, dtype, message):
+    f, operands = trace(shape, dtype)
+    with pytest.raises(UnsupportedError, match=message):
+        lower(f, operands)
+
+
+def test_not_on_cpu():
+    (operands, options) = Shape(1, 8, 16).operands()
+    with pytest.raises(UnsupportedError, match="older than 0.11.2|Hopper GPUs"):
+        mla_decode(*operands, implementation="mosaic_gpu", **options)
+
+
+def contiguous(cache, options):
+    cache = np.asarray(cache.astype(jnp.float32), np.float64)
+    if "page_table" not in options:
+        return cache
+    table = np.asarray(options["page_table"])
+    return cache[table].reshape(len(table), -1, cache.shape[-1])
+
+
+CASES = [*((shape, 1.0) for shape in CORRECTNESS), (Shape(2, (1000, 130), 16), 20.0)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a Hopper GPU")
+@pytest.mark.parametrize("shape, factor", CASES, ids=lambda x: str(x))
+def test_as_exact_as_plain_jax_and_repeatable(shape, factor):
+    operands, options = shape.operands(factor=factor)
+    names = [name for name in options if name != "scale"]
+
+    def run(implementation):
+        f = functools.partial(mla_decode, scale=options["scale"], implementation=implementation)
+        jnp.full((64 << 20,), jnp.nan, jnp.float32).block_until_ready()  # Poison for memory not written.
+        return jax.jit(f)(*operands, **{name: options[name] for name in names})
+
+    first, second, peer = run("mosaic_gpu"), run("mosaic_gpu"), run("blocked")
+    q, c_kv, k_rope, lengths = operands
+    exact = float64(q, lengths, contiguous(c_kv, options), contiguous(k_rope, options), options["scale"])
+    for mine, again, plain, want in zip(first, second, peer, exact, strict=True):
+        np.testing.assert_array_equal(mine, again)
+        mine, plain = np.asarray(mine, np.float64), np.asarray(plain, np.float64)
+        finite = np.isfinite(want)
+        np.testing.assert_array_equal(np.isfinite(mine), finite)
+        for size in (np.linalg.norm, functools.partial(np.linalg.norm, ord=np.inf)):
+            mistake, theirs = (size((x - want)[finite].ravel()) for x in (mine, plain))
+            # 1.5 times the error of plain JAX with the same roundings; 2^-11 and less is rounding itself.
+            assert mistake <= 1.5 * max(theirs, 2**-11 * size(want[finite].ravel()))
