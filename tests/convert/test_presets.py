@@ -1,0 +1,126 @@
+"""The released models: their counts, from the shapes, and their configurations."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from dsv3_jax import inspection
+from dsv3_jax.cli import main
+from dsv3_jax.config_checks import typed
+from dsv3_jax.convert import hf_config, mapping
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+# Published totals in billions, all digits given (papers and model cards; llama.cpp prints two decimals).
+# Published active parameters, and what the release leaves out of them.
+PUBLISHED = {
+    "v3_671b": ("671.03", "36.7", ["embedding"]),
+    "v2_236b": ("235.74", "21", ["embedding"]),
+    "v2_lite": ("15.71", "2.4", ["embedding"]),
+    "moonlight_16b": ("15.96", "2.24", ["embedding", "head"]),
+    "kimi_k2": ("1026.41", "32", ["embedding"]),
+    "moe_16b": ("16.38", "2.8", []),
+    "llm_7b": ("6.9", "6.9", []),
+    "llm_67b": ("67.4", "67.4", []),
+}
+# Name: vocabulary, width, layers, dense, FFN, attention parameters a layer, experts, shared, top, expert FFN.
+MLA_COMPRESSED = 1536 + 512, lambda d, h: d * 1536 + 1536 * h * 192 + d * 576 + 512 * h * 256 + h * 128 * d
+MLA_PLAIN = 512, lambda d, h: d * h * 192 + d * 576 + 512 * h * 256 + h * 128 * d
+MHA = 0, lambda d, h: 4 * d * d
+SHAPES = {
+    "v3_671b": (129280, 7168, 61, 3, 18432, 128, MLA_COMPRESSED, 256, 1, 8, 2048),
+    "v2_236b": (102400, 5120, 60, 1, 12288, 128, MLA_COMPRESSED, 160, 2, 6, 1536),
+    "v2_lite": (102400, 2048, 27, 1, 10944, 16, MLA_PLAIN, 64, 2, 6, 1408),
+    "moonlight_16b": (163840, 2048, 27, 1, 11264, 16, MLA_PLAIN, 64, 2, 6, 1408),
+    "kimi_k2": (163840, 7168, 61, 1, 18432, 64, MLA_COMPRESSED, 384, 1, 8, 2048),
+    "moe_16b": (102400, 2048, 28, 1, 10944, 16, MHA, 64, 2, 6, 1408),
+    "llm_7b": (102400, 4096, 30, 30, 11008, 32, MHA, 0, 0, 0, 0),
+    "llm_67b": (102400, 8192, 95, 95, 22016, 64, (0, lambda d, h: 2 * d * d + 2 * d * 8 * 128), 0, 0, 0, 0),
+}
+
+
+def preset(name):
+    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return typed(module.get_config())
+
+
+def by_hand(name):
+    """(total, active) of the main model, from the table of the paper."""
+    vocab, d, layers, dense, ff, heads, (norms, attention), experts, shared, top, ff_expert = SHAPES[name]
+    a_layer = attention(d, heads) + norms + 2 * d
+    expert = 3 * d * ff_expert
+    both = 2 * vocab * d + d + layers * a_layer + dense * 3 * d * ff
+    moe = layers - dense
+    fixed = both + moe * (shared * expert + d * experts)
+    return fixed + moe * experts * expert, fixed + moe * top * expert
+
+
+def decimals(number):
+    return len(number.partition(".")[2])
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_counts(name):
+    config = preset(name).model
+    main_model, extra = inspection.count_parameters(config)
+    found = inspection.total(main_model)
+    assert found == by_hand(name)
+    total, active, left_out = PUBLISHED[name]
+    assert f"{found.total / 1e9:.{decimals(total)}f}" == total
+    used = found.active - sum(main_model[part].active for part in left_out)
+    # Some are rounded, some cut: off by less than one in the last digit.
+    assert abs(used / 1e9 - float(active)) < 10.0 ** -decimals(active)
+    # The folder's tensors, copies left out, are the same parameters.
+    tensors = mapping.tensors(config).values()
+    sizes = [t.shape[0] * (t.shape[1] if len(t.shape) > 1 else 1) for t in tensors if not t.copy_of]
+    biases = sum(t.shape[0] for t in tensors if t.leaf and t.leaf[0] == "router")
+    assert sum(sizes) - biases == found.total + inspection.total(extra).total
+
+
+def test_prediction_layer_of_v3():
+    """Its own 11.5B are published without `eh_proj`, whose 103M come on top."""
+    _, extra = inspection.count_parameters(preset("v3_671b").model)
+    assert f"{(inspection.total(extra).total - extra['merge'].total) / 1e9:.1f}" == "11.5"
+    assert extra["merge"].total == 2 * 7168 * 7168
+
+
+@pytest.mark.parametrize(
+    ("name", "elements"),
+    [
+        ("v3_671b", 576 * 61),
+        ("v2_lite", 576 * 27),
+        ("llm_67b", 2 * 8 * 128 * 95),
+        ("llm_7b", 2 * 4096 * 30),
+    ],
+)
+def test_cache(name, elements):
+    assert inspection.cache_elements(preset(name).model) == elements
+
+
+def test_v2_caches_93_percent_less_than_67b():
+    """DeepSeek-V2, abstract: 93.3% less, both as deployed: V2's at 6 bits an element against 16."""
+    v2, dense = (inspection.cache_elements(preset(name).model) for name in ("v2_236b", "llm_67b"))
+    assert f"{100 * (1 - v2 * 6 / (dense * 16)):.1f}" == "93.3"
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_config_json_and_back(name):
+    config = preset(name).model
+    tree = json.loads(json.dumps(hf_config.to_hf(config)))
+    back = hf_config.from_hf(tree)
+    assert hf_config.same_model(back.config, config)
+    assert not back.notes
+    assert back.config.max_seq_len == config.max_seq_len
+
+
+def test_inspect_prints(capsys):
+    assert main(["inspect", "--config", str(CONFIGS / "v3_671b.py")]) == 0
+    out = capsys.readouterr().out
+    assert "671,026,404,352" in out
+    assert "682,636,472,320" in out
+    assert "35,136 elements: 70,272 bytes" in out
+    assert main(["inspect", "--config", "configs/no_such.py"]) == 1
+    assert "no such file" in capsys.readouterr().err
