@@ -48,13 +48,13 @@ def _fwd(x, gates, gate_up, down, routes, recipe, name):
     sizes = None if routes is None else routes[2]
     x8 = fp8.activation(x, recipe, power_of_two=recipe.power_of_two and routes is not None)
     rows8 = _sent(x8, routes)
-    hidden = fp8.product(rows8, fp8.transposed(fp8.weight(gate_up, recipe)), sizes, recipe, x.dtype)
+    hidden = fp8.product(rows8, fp8.weight(gate_up, recipe, transpose=True), sizes, recipe, x.dtype)
     kept = fp8.activation(hidden, recipe) if recipe.swiglu_input == "fp8" else hidden
     kept = jax.tree.map(lambda part: checkpoint_name(part, name), kept)
     act8 = fp8.activation(hidden, recipe, swiglu=True)
     if gates is not None:  # A gate is the same for a whole row: it goes into the scales, and costs nothing.
         act8 = Quantized(act8.values, act8.scales * gates)
-    out = fp8.product(act8, fp8.transposed(fp8.weight(down, recipe)), sizes, recipe, x.dtype)
+    out = fp8.product(act8, fp8.weight(down, recipe, transpose=True), sizes, recipe, x.dtype)
     return _summed(out, routes), (x8, kept, gates, gate_up, down, routes)
 
 

@@ -54,14 +54,17 @@ def gradient(g: Float[Array, "rows n"], recipe: FP8Config, *, power_of_two: bool
     )
 
 
-def weight(w: Float[Array, "*groups k n"], recipe: FP8Config) -> Quantized:
-    """A weight, or one for each group, by 128x128 blocks, as it lies."""
-    return quantize_blocks(w, per_tensor=recipe.weight_scales == "tensor")
+def weight(w: Float[Array, "*groups k n"], recipe: FP8Config, *, transpose: bool = False) -> Quantized:
+    """A weight, or one for each group, by 128x128 blocks.
 
-
-def transposed(w: Quantized) -> Quantized:
-    """The same blocks the other way round: FP8 tensor cores want the contraction innermost."""
-    return Quantized(*(x.swapaxes(-1, -2) for x in w))
+    FP8 tensor cores want the contraction innermost: Fprop takes it transposed, Dgrad as it lies.
+    """
+    return quantize_blocks(
+        w,
+        transpose=transpose,
+        per_tensor=recipe.weight_scales == "tensor",
+        implementation=recipe.implementation,
+    )
 
 
 def product(lhs: Quantized, rhs: Quantized, sizes: Sizes, recipe: FP8Config, dtype) -> Float[Array, "rows n"]:
@@ -109,7 +112,7 @@ def linear(
 
 def _linear_fwd(x, w, recipe, power_of_two):
     x8 = activation(x, recipe, power_of_two=power_of_two)
-    return product(x8, transposed(weight(w, recipe)), None, recipe, x.dtype), (x8, w)
+    return product(x8, weight(w, recipe, transpose=True), None, recipe, x.dtype), (x8, w)
 
 
 def _linear_bwd(recipe, power_of_two, saved, dy):

@@ -114,6 +114,8 @@ def _padded(operand, rows: int | None = None):
     return values, scales
 
 
+# Jitted: calls of the same shape within one program are traced, lowered and compiled once.
+@functools.partial(jax.jit, static_argnums=(4, 5))
 def _product(tiles, count, lhs, rhs, out_dtype, tiling: Tiling):
     store_columns = ROW_BYTES // out_dtype.itemsize
     operand, result = swizzled(lhs[0].dtype), swizzled(out_dtype)

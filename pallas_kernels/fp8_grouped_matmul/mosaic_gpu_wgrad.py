@@ -47,6 +47,7 @@ def dense(lhs, rhs, *, out_dtype, tiling: Tiling | None = None):
     return _product(table, lhs, rhs, jnp.dtype(out_dtype), tiling or TILING)[0]
 
 
+@functools.partial(jax.jit, static_argnums=(3, 4))
 def _product(table, lhs, rhs, out_dtype, tiling: Tiling):
     m, n = lhs.values.shape[0], rhs.values.shape[0]
     lhs, rhs = _padded(lhs), _padded(rhs)

@@ -141,19 +141,27 @@ def quantize_columns(
 def quantize_blocks(
     w: Float[Array, "*stack rows k"],
     *,
+    transpose: bool = False,
     power_of_two: bool = False,
     dtype: jax.typing.DTypeLike = jnp.float8_e4m3fn,
     per_tensor: bool = False,
+    implementation: str = "auto",
 ) -> Quantized:
     """Quantises 128x128 blocks: weights. Scales `[..., ceil(rows/128), ceil(k/128)]`.
 
-    With `per_tensor` every block of a matrix takes the scale of the largest.
-
-    A block keeps its scale when it is transposed: `quantize_blocks(w)` transposed equals that of `w.T`.
+    Args:
+      w: one matrix or a stack of them.
+      transpose: return each matrix, and its scales, transposed: a block keeps its scale.
+      power_of_two, dtype: as for `quantize_rows`.
+      per_tensor: give every block of a matrix the scale of its largest; by the reference only.
+      implementation: `"auto"`, `"mosaic_gpu"` (Hopper; float32, multiples of 128) or `"reference"`.
     """
     _check("quantize_blocks", jnp.empty((0, 0)) if w.ndim >= 2 else w, dtype)
-    options = {"power_of_two": power_of_two, "dtype": jnp.dtype(dtype), "per_tensor": per_tensor}
-    return Quantized(*reference.blocks(w, **options))
+    constraint = functools.partial(mosaic_gpu.unsupported_blocks, w, per_tensor)
+    module = _choose("quantize_blocks", implementation, constraint)
+    options = {"per_tensor": True} if per_tensor else {}
+    options |= {"power_of_two": power_of_two, "dtype": jnp.dtype(dtype), "transpose": transpose}
+    return Quantized(*module.blocks(w, **options))
 
 
 def dequantize(x: Quantized, dtype: jax.typing.DTypeLike = jnp.float32) -> Float[Array, "*stack rows k"]:

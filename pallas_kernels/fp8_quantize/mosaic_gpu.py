@@ -2,7 +2,7 @@
 
 A block of 128 threads takes a tile, from copy engine to copy engine; enough blocks lie on a
 multiprocessor at a time for the copies to overlap. Rows: a tile's largest magnitude is found across the
-four threads that hold a row. Columns: see `transpose.py`.
+four threads that hold a row. Columns: see `transpose.py`; weights: `blocks.py`.
 """
 
 import functools
@@ -13,7 +13,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.fp8_quantize import reference, transpose
+from pallas_kernels.fp8_quantize import blocks as block_kernel
+from pallas_kernels.fp8_quantize import reference
+from pallas_kernels.fp8_quantize import transpose as column_kernel
 from pallas_kernels.fp8_quantize.reference import SMALLEST_SCALE, TILE
 from pallas_kernels.grouped_matmul import mosaic_gpu as bf16
 from pallas_kernels.grouped_matmul import varying
@@ -52,6 +54,8 @@ def unsupported_columns(x, per_tensor: bool = False) -> str | None:
     return _unsupported(x, (8, TILE))
 
 
+# Jitted: calls of the same shape within one program are traced, lowered and compiled once.
+@functools.partial(jax.jit, static_argnames=("power_of_two", "dtype", "swiglu"))
 def rows(x, *, power_of_two, dtype, swiglu=False):
     """Values `[rows, k]` and scales `[k/128, rows]`."""
     count, k = x.shape[0], x.shape[1] // (2 if swiglu else 1)
@@ -118,10 +122,28 @@ def _scale_and_inverse(amax, largest: float, power_of_two: bool):
     return jnp.where(finite, up, nan), jnp.where(finite, inverse, nan)
 
 
+def unsupported_blocks(w, per_tensor: bool = False) -> str | None:
+    """Why `blocks` cannot run the call, or None."""
+    if per_tensor:
+        return _WHOLE
+    if w.dtype != jnp.float32:
+        return f"weights in {w.dtype}: keep them in float32"
+    return _unsupported(w, (*[1] * (w.ndim - 2), TILE, TILE))
+
+
+def blocks(w, *, power_of_two, dtype, transpose=False):
+    """Values like `w` and scales `[..., rows/128, k/128]`; of the transposed `w` if `transpose`."""
+    stack = w.shape[:-2]
+    out = block_kernel.blocks(
+        w.reshape(-1, *w.shape[-2:]), power_of_two=power_of_two, dtype=dtype, transpose=transpose
+    )
+    return varying.like(w, tuple(x.reshape(*stack, *x.shape[1:]) for x in out))
+
+
 def columns(x, group_sizes, *, power_of_two, dtype):
     """Values `[k, padded]` and scales `[padded/128, k]`."""
     values, scales = x if isinstance(x, tuple) else (x, None)
     table = reference.row_blocks(group_sizes, values.shape[0])
     values, table = varying.together(values, table)
-    out = transpose.columns(values, scales, table, power_of_two=power_of_two, dtype=dtype)
+    out = column_kernel.columns(values, scales, table, power_of_two=power_of_two, dtype=dtype)
     return varying.like(values, out)

@@ -76,18 +76,20 @@ def columns(x, group_sizes, *, power_of_two, dtype, per_tensor=False):
     return rows(transposed, power_of_two=power_of_two, dtype=dtype, per_tensor=per_tensor)
 
 
-def blocks(w, *, power_of_two, dtype, per_tensor=False):
-    """Values like `w` and scales `[..., rows/128, k/128]`."""
+def blocks(w, *, power_of_two, dtype, transpose=False, per_tensor=False):
+    """Values like `w` and scales `[..., rows/128, k/128]`; of the transposed `w` if `transpose`."""
     w = w.astype(jnp.float32)
     *stack, n, k = w.shape
     padded = jnp.pad(w, [(0, 0)] * len(stack) + [(0, -n % TILE), (0, -k % TILE)])
     tiles = padded.reshape(*stack, -(-n // TILE), TILE, -(-k // TILE), TILE)
-    amax = jnp.max(jnp.abs(tiles), axis=(-3, -1))
+    # Two reductions, which the barrier keeps apart: XLA reads rows well, and blocks badly.
+    amax = jnp.max(lax.optimization_barrier(jnp.max(jnp.abs(tiles), axis=-1)), axis=-2)
     if per_tensor:
         amax = jnp.broadcast_to(jnp.max(amax, axis=(-2, -1), keepdims=True), amax.shape)
     scale, inverse = scale_and_inverse(amax, float(jnp.finfo(dtype).max), power_of_two)
     values = (tiles * inverse[..., :, None, :, None]).reshape(padded.shape)[..., :n, :k]
-    return values.astype(dtype), scale
+    values = values.astype(dtype)
+    return (values.swapaxes(-1, -2), scale.swapaxes(-1, -2)) if transpose else (values, scale)
 
 
 def dequantize(values, scales):

@@ -176,6 +176,20 @@ def test_columns(options, grouped, requantise):
     _same(got, quantize_columns(x, sizes, implementation="reference", **options))
 
 
+@pytest.mark.parametrize("options", [{}, {"power_of_two": True}, {"dtype": jnp.float8_e5m2}])
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("shape", [(256, 384), (3, 128, 256)])
+def test_blocks(shape, transpose, options):
+    w = _normal(*shape).astype(jnp.float32).at[..., 5, 7].set(1e4).at[..., :128, 128:256].set(0)
+    _poison()
+    got = quantize_blocks(w, transpose=transpose, implementation="mosaic_gpu", **options)
+    want = quantize_blocks(w, implementation="reference", **options)
+    assert got.values.shape == (*shape[:-2], *(shape[:-3:-1] if transpose else shape[-2:]))
+    if transpose:
+        want = Quantized(*(x.swapaxes(-1, -2) for x in want))
+    _same(got, want)
+
+
 @pytest.mark.parametrize("bad", [np.inf, np.nan])
 @pytest.mark.parametrize("power_of_two", [False, True])
 def test_a_bad_number_shows_in_its_whole_tile(bad, power_of_two):

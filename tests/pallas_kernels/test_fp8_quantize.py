@@ -201,16 +201,19 @@ def test_bad_calls_are_refused_with_the_reason():
 @pytest.mark.parametrize("power_of_two", [False, True])
 def test_gpu_kernels_lower(power_of_two):
     x, sizes = jax.ShapeDtypeStruct((520, 512), jnp.bfloat16), jax.ShapeDtypeStruct((3,), jnp.int32)
+    w = jax.ShapeDtypeStruct((3, 256, 128), jnp.float32)
 
-    def every(x, sizes):
+    def every(x, w, sizes):
         saved = quantize_rows(x, power_of_two=power_of_two)
         return (
             saved,
+            quantize_blocks(w, power_of_two=power_of_two),
+            quantize_blocks(w, power_of_two=power_of_two, transpose=True),
             quantize_rows(x, power_of_two=power_of_two, swiglu=True),
             quantize_columns(x, power_of_two=power_of_two),
             quantize_columns(saved, sizes, power_of_two=power_of_two),
         )
 
     with target_platform("gpu"):
-        text = jax.jit(every).trace(x, sizes).lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("custom_call @mosaic_gpu") == 4
+        text = jax.jit(every).trace(x, w, sizes).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @mosaic_gpu") == 6
