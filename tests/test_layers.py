@@ -12,20 +12,16 @@ RANKS = [
     {"precision", "parallel.mesh"},
     {"model"},
     {"parallel"},
-    {"data", "checkpoint", "training", "generation", "scaling"},
-    {"evaluation", "serving"},
+    {"data", "checkpoint"},
+    {"convert"},
+    {"inspection", "pretrained", "scaling"},
+    {"generation"},
+    {"training", "evaluation", "serving"},
     {"posttrain"},
     {"cli"},
 ]
 # Siblings of one rank that may see each other.
-ALLOWED = {
-    ("config_checks", "config"),
-    ("training", "data"),
-    ("training", "checkpoint"),
-    ("training", "generation"),
-    ("generation", "data"),
-    ("generation", "checkpoint"),
-}
+ALLOWED = {("config_checks", "config")}
 
 
 def imports(path):

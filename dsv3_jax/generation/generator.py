@@ -21,13 +21,14 @@ from dsv3_jax.generation.speculation import window
 from dsv3_jax.generation.text import TextStream
 from dsv3_jax.generation.weights import Weights, prepare
 
+Prompt = str | Sequence[int] | np.ndarray  # Text, or token ids.
 CAPACITY_STEP = 256  # Capacities are multiples of it, so that few programs are compiled.
 SMALLEST_CHUNK = 16
 
 
 @dataclass
 class Statistics:
-    """Counts of a generator since it was made; seconds are of decoding alone, compilation included."""
+    """Counts of a generator since it was made. Seconds are of decoding; with `generate` of compiling too."""
 
     tokens: int = 0
     seconds: float = 0.0
@@ -215,7 +216,7 @@ class Generator:
         self.weights = jax.jit(prepare, static_argnums=(1, 2))(variables, config, jnp.dtype(dtype))
         self.statistics = Statistics(accepted=[0] * speculate)
 
-    def encode(self, prompt: str | Sequence[int]) -> np.ndarray:
+    def encode(self, prompt: Prompt) -> np.ndarray:
         """A prompt's tokens, checked. An empty text continues the end of a document."""
         if not isinstance(prompt, str):
             return check_prompt(prompt, self.config)
@@ -225,7 +226,7 @@ class Generator:
 
     def generate(
         self,
-        prompts: Sequence[str | Sequence[int]],
+        prompts: Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[Completion]:
         """Completes a batch of prompts, of any lengths.
@@ -251,13 +252,13 @@ class Generator:
             out.append(self._completion(tokens, log_probs, request))
         return out
 
-    def stream(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Iterator[Piece]:
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Piece]:
         """Completes one prompt, piece by piece; the last piece has a `finish_reason`."""
         return (pieces[0] for pieces in self.stream_batch([prompt], params))
 
     def stream_batch(
         self,
-        prompts: Sequence[str | Sequence[int]],
+        prompts: Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> Iterator[dict[int, Piece]]:
         """For each step, the pieces of the prompts that it continued, by their number."""
@@ -265,10 +266,12 @@ class Generator:
         state, emitted = self._start(prompts, requests)
         followers = [Follower(request, self.tokenizer, self.eos_id) for request in requests]
         open_rows = set(range(len(requests)))
-        first, started = True, time.perf_counter()
+        first, started = True, 0.0
         while open_rows:
             # The device is at the next step while the host looks at this one.
             state, coming = _step(self.weights, state, self.config)
+            if first:  # What has passed is compilation.
+                started = time.perf_counter()
             now = jax.device_get(emitted)
             if not first:
                 rows = now.accepted >= 0

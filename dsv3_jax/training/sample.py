@@ -1,31 +1,13 @@
-"""Text from a model in training: a look at what it has learned, on the training path itself.
+"""Text from a model in training: a look at what it has learned, by the generator that serves it."""
 
-Every new token runs the whole window again; generation with a cache is for inference.
-"""
-
-import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax import lax
+from flax.core import meta
 
 from dsv3_jax.data import Tokenizer
-from dsv3_jax.model import Transformer, forward
-
-
-@functools.partial(jax.jit, static_argnames=("model", "temperature"))
-def _fill(model: Transformer, variables: Any, window: jax.Array, start: jax.Array, rng, temperature: float):
-    """Samples window[start:], left to right."""
-
-    def one(i, window):
-        outputs = forward(model, variables, window[None])
-        logits = outputs.hidden[0, i - 1].astype(jnp.float32) @ outputs.head.astype(jnp.float32)
-        token = jax.random.categorical(jax.random.fold_in(rng, i), logits / temperature)
-        return window.at[i].set(token.astype(window.dtype))
-
-    return lax.fori_loop(start, window.shape[0], one, window)
+from dsv3_jax.generation import Generator, SamplingParams
+from dsv3_jax.model import Transformer
 
 
 def sample_text(
@@ -49,13 +31,11 @@ def sample_text(
       seed: of the samples.
       temperature: divides the logits.
     """
-    given = tokenizer.encode(prompt) if prompt else np.array([tokenizer.eos_id], np.int32)
-    given = given[-(model.config.max_seq_len - 1) :]
-    length = min(model.config.max_seq_len, len(given) + n_tokens)
-    window = np.zeros(length, np.int32)
-    window[: len(given)] = given
-    key = jax.random.key(seed)
-    filled = np.asarray(_fill(model, variables, window, np.int32(len(given)), key, temperature))
-    ends = np.flatnonzero(filled[len(given) :] == tokenizer.eos_id)
-    stop = len(given) + int(ends[0]) if ends.size else length
-    return prompt + tokenizer.decode(filled[len(given) : stop])
+    variables = meta.unbox(dict(variables))
+    # One device is enough, and its kernels need no partitioning. Arrays of other hosts stay where they are.
+    if all(leaf.is_fully_addressable for leaf in jax.tree.leaves(variables)):
+        variables = jax.device_put(variables, jax.local_devices()[0])
+    generator = Generator(model.config, variables, tokenizer, dtype=model.dtype)
+    given = tokenizer.encode(prompt)[-(model.config.max_seq_len - 1) :] if prompt else [tokenizer.eos_id]
+    params = SamplingParams(max_new_tokens=n_tokens, temperature=temperature, seed=seed)
+    return prompt + generator.generate([given], params)[0].text
