@@ -304,6 +304,9 @@ def _check_moe(report: _Report, model: ModelConfig) -> None:
 
 
 def _check_training(report: _Report, config: Config) -> None:
+    whole = config.fp8.activation_scales == config.fp8.weight_scales == "tensor"
+    fix = "tiles are scaled as they are promoted; without it activation_scales and weight_scales are 'tensor'"
+    report.require(config.fp8.promotion or whole, "fp8.promotion", fix)
     train, optimizer, model = config.train, config.optimizer, config.model
     longest = model.max_seq_len
     report.require(train.seq_len <= longest, "train.seq_len", f"at most model.max_seq_len = {longest}")

@@ -69,7 +69,7 @@ def weight(w: Float[Array, "*groups k n"], recipe: FP8Config, *, transpose: bool
 
 def product(lhs: Quantized, rhs: Quantized, sizes: Sizes, recipe: FP8Config, dtype) -> Float[Array, "rows n"]:
     """`lhs @ rhs.T`, group by group if there are groups: Fprop of transposed weights, Dgrad of weights."""
-    options = {"out_dtype": dtype, "implementation": recipe.implementation}
+    options = {"out_dtype": dtype, "promote": recipe.promotion, "implementation": recipe.implementation}
     if sizes is None:
         return fp8_matmul(lhs, rhs, **options)
     return fp8_grouped_matmul(lhs, rhs, sizes, **options)
@@ -88,7 +88,7 @@ def weight_gradient(
     }
     left = quantize_columns(x, sizes, **options)
     right = quantize_columns(g, sizes, dtype=_DTYPES[recipe.gradient_dtype], **options)
-    options = {"out_dtype": jnp.float32, "implementation": recipe.implementation}
+    options = {"out_dtype": jnp.float32, "promote": recipe.promotion, "implementation": recipe.implementation}
     if sizes is None:
         return fp8_matmul(left, right, **options)
     return fp8_grouped_wgrad(left, right, sizes, **options)

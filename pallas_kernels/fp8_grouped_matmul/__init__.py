@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import implementations
-from pallas_kernels.fp8_grouped_matmul import mosaic_gpu, reference
+from pallas_kernels.fp8_grouped_matmul import mosaic_gpu, reference, unpromoted
 from pallas_kernels.fp8_quantize import TILE, Quantized
 from pallas_kernels.grouped_matmul import varying
 
@@ -20,9 +20,10 @@ IMPLEMENTATIONS = tuple(_MODULES)
 _PREFERENCE = {"cpu": ("reference",), "gpu": ("mosaic_gpu", "reference"), "tpu": ("reference",)}
 
 
-def _choose(op: str, requested: str, lhs, rhs):
+def _choose(op: str, requested: str, lhs, rhs, promote: bool):
     constraints = {name: functools.partial(module.unsupported, lhs, rhs) for name, module in _MODULES.items()}
-    return _MODULES[implementations.choose(op, requested, constraints, _PREFERENCE)]
+    chosen = implementations.choose(op, requested, constraints, _PREFERENCE)
+    return unpromoted if chosen == "mosaic_gpu" and not promote else _MODULES[chosen]
 
 
 def _together(lhs, rhs, group_sizes):
@@ -36,6 +37,7 @@ def fp8_grouped_matmul(
     group_sizes: Int[Array, " groups"],
     *,
     out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
+    promote: bool = True,
     implementation: str = "auto",
 ) -> Float[Array, "rows n"]:
     """Multiplies rows `[sum(sizes[:g]), sum(sizes[:g+1]))` of `lhs` by `rhs[g].T`, for every group g.
@@ -47,6 +49,7 @@ def fp8_grouped_matmul(
       group_sizes: int32, any sizes, zeros allowed; their sum must not exceed the rows. Rows past it come
         out as zero.
       out_dtype: bfloat16 or float32.
+      promote: as for `fp8_matmul`.
       implementation: `"auto"`, `"mosaic_gpu"` (Hopper) or `"reference"` (dequantises first).
 
     Raises:
@@ -67,7 +70,7 @@ def fp8_grouped_matmul(
         )
     if group_sizes.shape != (groups,):
         raise ValueError(f"fp8_grouped_matmul: group_sizes {group_sizes.shape}, expected ({groups},)")
-    module = _choose("fp8_grouped_matmul", implementation, lhs, rhs)
+    module = _choose("fp8_grouped_matmul", implementation, lhs, rhs, promote)
     lhs, rhs, group_sizes = _together(lhs, rhs, group_sizes)
     return varying.like(lhs.values, module.forward(lhs, rhs, group_sizes, out_dtype=jnp.dtype(out_dtype)))
 
@@ -78,6 +81,7 @@ def fp8_grouped_wgrad(
     group_sizes: Int[Array, " groups"],
     *,
     out_dtype: jax.typing.DTypeLike = jnp.float32,
+    promote: bool = True,
     implementation: str = "auto",
 ) -> Float[Array, "groups m n"]:
     """`out[g] = lhs[:, rows of g] @ rhs[:, rows of g].T`; zero for an empty group.
@@ -87,7 +91,7 @@ def fp8_grouped_wgrad(
         `quantize_columns(x, group_sizes)` lays them out: each group starts at a multiple of 128.
       group_sizes: rows of each group before they were padded.
       out_dtype: float32 or bfloat16.
-      implementation: as for `fp8_grouped_matmul`.
+      promote, implementation: as for `fp8_grouped_matmul`; without `promote` an operand has one scale.
 
     Raises:
       ValueError: shapes do not fit, or `implementation` does not exist.
@@ -105,6 +109,6 @@ def fp8_grouped_wgrad(
                 f"fp8_grouped_wgrad: {name} scales {operand.scales.shape}, expected"
                 f" {(steps, operand.values.shape[0])}: one for each feature and 128 rows"
             )
-    module = _choose("fp8_grouped_wgrad", implementation, lhs, rhs)
+    module = _choose("fp8_grouped_wgrad", implementation, lhs, rhs, promote)
     lhs, rhs, group_sizes = _together(lhs, rhs, group_sizes)
     return varying.like(lhs.values, module.wgrad(lhs, rhs, group_sizes, out_dtype=jnp.dtype(out_dtype)))

@@ -32,24 +32,28 @@ def zeros(columns: int):
     return plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, columns), jnp.float32), SUMS)
 
 
-def multiply(left, right):
+def multiply(left, right, sums=None):
     """Starts `left @ right.T`: `[64, 128]` and `[columns, 128]`, swizzled FP8 -> `[64, columns]` float32.
 
-    Nothing may touch the result before it has been through `settle`.
+    Nothing may touch the result before it has been through `settle`. With `sums`, which have been through it,
+    the tensor cores add the product to them, in the 14 bits that they keep.
     """
     columns = right.shape[0]
     types = _PTX_NAMES[jnp.dtype(left.dtype)], _PTX_NAMES[jnp.dtype(right.dtype)]
+    operands = (left, right) if sums is None else (left, right, sums)
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(swizzled(left.dtype)), plgpu.RefType(swizzled(right.dtype))),
+        arg_types=(plgpu.RefType(swizzled(left.dtype)), plgpu.RefType(swizzled(right.dtype)), SUMS)[
+            : len(operands)
+        ],
         return_type=plgpu.ShapeDtypeStruct((WARPGROUP_ROWS, columns), jnp.float32, layout=SUMS),
     )
-    def run(_, left, right):
+    def run(_, left, right, *sums):
         left_at, left_stride = _descriptor(left, (WARPGROUP_ROWS, STEP), (WARPGROUP_ROWS, STEP), False)
         right = mgpu.utils.memref_transpose(right, (1, 0, 3, 2))
         right_at, right_stride = _descriptor(right, (STEP, STEP), (STEP, columns), True)
         nvvm.wgmma_fence_aligned()
-        sums = None
+        sums = [register for given in sums for register in given.registers.flat] or None
         for i in range(STEP // INSTRUCTION):
             sums = _wgmma(
                 sums, _advance(left_at, i * left_stride), _advance(right_at, i * right_stride), columns, types
@@ -59,7 +63,7 @@ def multiply(left, right):
         registers = np.array(sums, dtype=object).reshape(shape)
         return mgpu.FragmentedArray(_registers=registers, _layout=_SUMS, _is_signed=None)
 
-    return run(left, right)  # pyright: ignore[reportCallIssue]
+    return run(*operands)  # pyright: ignore[reportCallIssue]
 
 
 def settle(product, pending: int):

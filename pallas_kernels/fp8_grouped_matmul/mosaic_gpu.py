@@ -79,17 +79,20 @@ def unsupported(lhs, rhs) -> str | None:
     return reason
 
 
-def forward(lhs, rhs, group_sizes, *, out_dtype, tiling: Tiling | None = None):
-    """`out[r] = lhs[r] @ rhs[group of r].T`; rows past the sum of the sizes are zero."""
+def forward(lhs, rhs, group_sizes, *, out_dtype, promote: bool = True, tiling: Tiling | None = None):
+    """`out[r] = lhs[r] @ rhs[group of r].T`; rows past the sum of the sizes are zero.
+
+    Without `promote` the scales are left out: the caller applies them.
+    """
     tiling = tiling or tiling_for(lhs.values.shape[1])
     rows, columns = lhs.values.shape[0], rhs.values.shape[1]
     padded = rows + -rows % schedule.ALIGN
     tiles, count = schedule.row_tiles(group_sizes, padded, tiling.rows)
-    out = _product(tiles, count, _padded(lhs, padded), _padded(rhs), jnp.dtype(out_dtype), tiling)
+    out = _product(tiles, count, _padded(lhs, padded), _padded(rhs), jnp.dtype(out_dtype), tiling, promote)
     return out if out.shape == (rows, columns) else out[:rows, :columns]
 
 
-def dense(lhs, rhs, *, out_dtype, tiling: Tiling | None = None):
+def dense(lhs, rhs, *, out_dtype, promote: bool = True, tiling: Tiling | None = None):
     """`lhs @ rhs.T`: one group, whose tiles are known when compiling."""
     tiling = tiling or tiling_for(lhs.values.shape[1])
     rows, columns = lhs.values.shape[0], rhs.values.shape[0]
@@ -98,7 +101,8 @@ def dense(lhs, rhs, *, out_dtype, tiling: Tiling | None = None):
     tiles = np.stack([0 * start, start, start, np.minimum(start + tiling.rows, padded)], 1).astype(np.int32)
     rhs = _padded(type(rhs)(rhs.values[None], rhs.scales[None]))
     count = jnp.asarray([start.size], jnp.int32)
-    out = _product(jnp.asarray(tiles), count, _padded(lhs, padded), rhs, jnp.dtype(out_dtype), tiling)
+    lhs, out_dtype = _padded(lhs, padded), jnp.dtype(out_dtype)
+    out = _product(jnp.asarray(tiles), count, lhs, rhs, out_dtype, tiling, promote)
     return out if out.shape == (rows, columns) else out[:rows, :columns]
 
 
@@ -115,8 +119,8 @@ def _padded(operand, rows: int | None = None):
 
 
 # Jitted: calls of the same shape within one program are traced, lowered and compiled once.
-@functools.partial(jax.jit, static_argnums=(4, 5))
-def _product(tiles, count, lhs, rhs, out_dtype, tiling: Tiling):
+@functools.partial(jax.jit, static_argnums=(4, 5, 6))
+def _product(tiles, count, lhs, rhs, out_dtype, tiling: Tiling, promote: bool):
     store_columns = ROW_BYTES // out_dtype.itemsize
     operand, result = swizzled(lhs[0].dtype), swizzled(out_dtype)
     cluster = 2 if tiling.pair else 1
@@ -126,7 +130,7 @@ def _product(tiles, count, lhs, rhs, out_dtype, tiling: Tiling):
         else plgpu.Barrier(num_arrivals=2, num_barriers=tiling.stages)
     )
     kernel = plgpu.kernel(
-        functools.partial(_kernel, tiling=tiling),
+        functools.partial(_kernel, tiling=tiling, promote=promote),
         out_type=jax.ShapeDtypeStruct((lhs[0].shape[0], rhs[0].shape[1]), out_dtype),
         grid=(bf16.multiprocessors() // cluster,),
         grid_names=("sm",),
@@ -150,7 +154,7 @@ def _product(tiles, count, lhs, rhs, out_dtype, tiling: Tiling):
     return kernel(tiles, count, *lhs, *rhs)
 
 
-def _kernel(tiles, count, lhs, lhs_scales, rhs, rhs_scales, out, *, tiling, **scratch):
+def _kernel(tiles, count, lhs, lhs_scales, rhs, rhs_scales, out, *, tiling, promote, **scratch):
     groups, depth = rhs.shape[0], lhs.shape[1]
     width = tiling.n * (2 if tiling.pair else 1)
     column_tiles = pl.cdiv(out.shape[1], width)
@@ -175,7 +179,7 @@ def _kernel(tiles, count, lhs, lhs_scales, rhs, rhs_scales, out, *, tiling, **sc
         _fetch(each_tile, lhs, lhs_scales, rhs, tiling=tiling, **scratch)
 
     def multiplier():
-        _multiply(each_tile, rhs_scales, out, warpgroup, tiling=tiling, **scratch)
+        _multiply(each_tile, rhs_scales, out, warpgroup, tiling=tiling, promote=promote, **scratch)
 
     lax.cond(warpgroup == FETCHER, fetcher, multiplier)
 
@@ -208,12 +212,12 @@ def _fetch(
 
 def _multiply(
     each_tile, rhs_scales, out, warpgroup, *,
-    left_smem, right_smem, scale_smem, out_smem, full, free, tiling,
+    left_smem, right_smem, scale_smem, out_smem, full, free, tiling, promote,
 ):  # fmt: skip
     plgpu.set_max_registers(MULTIPLY_REGISTERS, action="increase")
     bf16.release_all(free, tiling.stages)
     own_rows = tiling.waves * WARPGROUP_ROWS
-    contract = _overlapping if tiling.overlap > 1 else _in_turn
+    contract = _unpromoted if not promote else _overlapping if tiling.overlap > 1 else _in_turn
 
     @each_tile
     def _(step, tile, column, steps):
@@ -276,6 +280,26 @@ def _in_turn(step, steps, first_row, block_scales, refs, tiling):
     return sums
 
 
+def _unpromoted(step, steps, first_row, block_scales, refs, tiling):
+    """The sums of a warpgroup's waves as the tensor cores keep them over the whole contraction, unscaled."""
+    del block_scales
+    left_smem, right_smem, _, full, free = refs
+
+    def one(_, carry):
+        step, sums = carry
+        slot = lax.rem(step, jnp.int32(tiling.stages))
+        plgpu.barrier_wait(full.at[slot])
+        sums = list(sums)
+        for wave in range(tiling.waves):
+            rows = pl.ds(first_row + wave * WARPGROUP_ROWS, WARPGROUP_ROWS)
+            started = hopper.multiply(left_smem.at[slot, rows], right_smem.at[slot], sums[wave])
+            sums[wave] = hopper.settle(started, 0)
+        plgpu.barrier_arrive(free.at[slot])
+        return step + 1, tuple(sums)
+
+    return lax.fori_loop(0, steps, one, (step, tuple(hopper.zeros(tiling.n) for _ in range(tiling.waves))))[1]
+
+
 def _overlapping(step, steps, first_row, block_scales, refs, tiling):
     """The sums of a warpgroup's one wave, a product under way while the one before it is added."""
     left_smem, right_smem, scale_smem, full, free = refs
@@ -308,8 +332,8 @@ def drain(free, step, tiling):
         lax.fori_loop(0, tiling.stages, one, step)
 
 
-def wgrad(lhs, rhs, group_sizes, *, out_dtype):
+def wgrad(lhs, rhs, group_sizes, *, out_dtype, promote: bool = True):
     """`out[g] = lhs[:, rows of g] @ rhs[:, rows of g].T`; zero for an empty group."""
     from pallas_kernels.fp8_grouped_matmul import mosaic_gpu_wgrad
 
-    return mosaic_gpu_wgrad.wgrad(lhs, rhs, group_sizes, out_dtype=out_dtype)
+    return mosaic_gpu_wgrad.wgrad(lhs, rhs, group_sizes, out_dtype=out_dtype, promote=promote)

@@ -24,31 +24,32 @@ from pallas_kernels.grouped_matmul.mosaic_gpu import FETCH_REGISTERS, FETCHER, M
 TILING = Tiling(waves=1, stages=5, buffers=2)
 
 
-def wgrad(lhs, rhs, group_sizes, *, out_dtype, tiling: Tiling | None = None):
+def wgrad(lhs, rhs, group_sizes, *, out_dtype, promote: bool = True, tiling: Tiling | None = None):
     """`out[g] = lhs[:, rows of g] @ rhs[:, rows of g].T`; zero for an empty group.
 
     Args:
       lhs, rhs: `[m, rows]` and `[n, rows]` with scales `[rows / 128, m]` and `[rows / 128, n]`; each
         group starts at a multiple of 128 rows, and what follows its last row is zero.
       group_sizes: rows of each group, without the filling.
+      promote: without it the scales are left out: the caller applies them.
     """
     blocks = -(-group_sizes // SCALED)
     table = schedule.groups_by_size(blocks)  # First step, and step after the last.
-    return _product(table, lhs, rhs, jnp.dtype(out_dtype), tiling or TILING)
+    return _product(table, lhs, rhs, jnp.dtype(out_dtype), tiling or TILING, promote)
 
 
-def dense(lhs, rhs, *, out_dtype, tiling: Tiling | None = None):
+def dense(lhs, rhs, *, out_dtype, promote: bool = True, tiling: Tiling | None = None):
     """`lhs @ rhs.T`, both operands scaled row by row."""
     depth = lhs.values.shape[1]
     pad = [(0, 0), (0, -depth % SCALED)]
     if depth % SCALED:
         lhs, rhs = (type(x)(jnp.pad(x.values, pad), x.scales) for x in (lhs, rhs))
     table = jnp.asarray(np.array([[0, 0, -(-depth // SCALED), 0]], np.int32))
-    return _product(table, lhs, rhs, jnp.dtype(out_dtype), tiling or TILING)[0]
+    return _product(table, lhs, rhs, jnp.dtype(out_dtype), tiling or TILING, promote)[0]
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4))
-def _product(table, lhs, rhs, out_dtype, tiling: Tiling):
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+def _product(table, lhs, rhs, out_dtype, tiling: Tiling, promote: bool):
     m, n = lhs.values.shape[0], rhs.values.shape[0]
     lhs, rhs = _padded(lhs), _padded(rhs)
     operand, result = swizzled(lhs[0].dtype), swizzled(out_dtype)
@@ -59,7 +60,7 @@ def _product(table, lhs, rhs, out_dtype, tiling: Tiling):
         else plgpu.Barrier(num_arrivals=2, num_barriers=tiling.stages)
     )
     kernel = plgpu.kernel(
-        functools.partial(_kernel, tiling=tiling),
+        functools.partial(_kernel, tiling=tiling, promote=promote),
         out_type=jax.ShapeDtypeStruct((table.shape[0], lhs[0].shape[0], rhs[0].shape[0]), out_dtype),
         grid=(bf16.multiprocessors() // cluster,),
         grid_names=("sm",),
@@ -95,7 +96,7 @@ def _padded(operand):
     return jnp.pad(operand.values, ((0, missing), (0, 0))), jnp.pad(operand.scales, ((0, 0), (0, missing)))
 
 
-def _kernel(table, lhs, lhs_scales, rhs, rhs_scales, out, *, tiling, **scratch):
+def _kernel(table, lhs, lhs_scales, rhs, rhs_scales, out, *, tiling, promote, **scratch):
     groups, out_rows, columns = out.shape
     width = tiling.n * (2 if tiling.pair else 1)
     grid = pl.cdiv(out_rows, tiling.rows), pl.cdiv(columns, width)
@@ -118,7 +119,7 @@ def _kernel(table, lhs, lhs_scales, rhs, rhs_scales, out, *, tiling, **scratch):
         _fetch(each_tile, lhs, lhs_scales, rhs, rhs_scales, tiling=tiling, **scratch)
 
     def multiplier():
-        _multiply(each_tile, out, warpgroup, tiling=tiling, **scratch)
+        _multiply(each_tile, out, warpgroup, tiling=tiling, promote=promote, **scratch)
 
     lax.cond(warpgroup == FETCHER, fetcher, multiplier)
 
@@ -155,11 +156,12 @@ def _fetch(
 def _multiply(
     each_tile, out, warpgroup, *,
     left_smem, right_smem, left_scale_smem, right_scale_smem, out_smem, full, free, tiling,
+    promote,
 ):  # fmt: skip
     plgpu.set_max_registers(MULTIPLY_REGISTERS, action="increase")
     bf16.release_all(free, tiling.stages)
     own_rows = tiling.waves * WARPGROUP_ROWS
-    contract = _overlapping if tiling.overlap > 1 else _in_turn
+    contract = _unpromoted if not promote else _overlapping if tiling.overlap > 1 else _in_turn
 
     @each_tile
     def _(step, group, first, row, column, steps):
@@ -197,6 +199,25 @@ def _in_turn(step, steps, first_row, refs, tiling):
 
     nothing = tuple(hopper.zeros(tiling.n) for _ in range(tiling.waves))
     return lax.fori_loop(0, steps, one, (step, nothing))
+
+
+def _unpromoted(step, steps, first_row, refs, tiling):
+    """The sums of a warpgroup's waves as the tensor cores keep them over the whole contraction, unscaled."""
+    left_smem, right_smem, _, _, full, free = refs
+
+    def one(_, carry):
+        step, sums = carry
+        slot = lax.rem(step, jnp.int32(tiling.stages))
+        plgpu.barrier_wait(full.at[slot])
+        sums = list(sums)
+        for wave in range(tiling.waves):
+            rows = pl.ds(first_row + wave * WARPGROUP_ROWS, WARPGROUP_ROWS)
+            started = hopper.multiply(left_smem.at[slot, rows], right_smem.at[slot], sums[wave])
+            sums[wave] = hopper.settle(started, 0)
+        plgpu.barrier_arrive(free.at[slot])
+        return step + 1, tuple(sums)
+
+    return lax.fori_loop(0, steps, one, (step, tuple(hopper.zeros(tiling.n) for _ in range(tiling.waves))))
 
 
 def _overlapping(step, steps, first_row, refs, tiling):

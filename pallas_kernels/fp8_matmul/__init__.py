@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels import implementations
+from pallas_kernels.fp8_grouped_matmul import unpromoted
 from pallas_kernels.fp8_matmul import mosaic_gpu, reference
 from pallas_kernels.fp8_quantize import TILE, Quantized
 from pallas_kernels.grouped_matmul import varying
@@ -29,6 +30,7 @@ def fp8_matmul(
     *,
     out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
     accumulate: Float[Array, "m n"] | None = None,
+    promote: bool = True,
     implementation: str = "auto",
 ) -> Float[Array, "m n"]:
     """`lhs @ rhs.T` of the dequantised operands: exact products of FP8, summed in float32.
@@ -42,6 +44,8 @@ def fp8_matmul(
       rhs: values `[n, k]` with block scales `[ceil(n/128), ceil(k/128)]` or row scales `[ceil(k/128), n]`.
       out_dtype: bfloat16 or float32.
       accumulate: added to the product in float32, before it is rounded to `out_dtype`.
+      promote: False leaves the whole sum to the tensor cores, to see what that costs; the scales must then be
+        the same all along k. The reference sums in float32 either way.
       implementation: `"auto"`, `"mosaic_gpu"` (Hopper) or `"reference"` (dequantises, then multiplies in
         float32).
 
@@ -71,5 +75,8 @@ def fp8_matmul(
     operands = varying.together(*lhs, *rhs)
     lhs, rhs = Quantized(*operands[:2]), Quantized(*operands[2:])
     computed = out_dtype if accumulate is None else jnp.dtype(jnp.float32)
-    product = varying.like(lhs.values, _MODULES[chosen].matmul(lhs, rhs, out_dtype=computed))
+    matmul = _MODULES[chosen].matmul
+    if not promote and chosen == "mosaic_gpu":
+        matmul = unpromoted.dense
+    product = varying.like(lhs.values, matmul(lhs, rhs, out_dtype=computed))
     return product if accumulate is None else (product + accumulate).astype(out_dtype)

@@ -82,6 +82,40 @@ def test_promotion_keeps_what_14_bits_lose(wgrad):
         np.testing.assert_array_equal(got, 448 * 448 + k - 256 + 448 * last)
 
 
+@pytest.mark.parametrize("wgrad", [False, True])
+def test_without_promotion_they_are_lost(wgrad):
+    """The control: the same ones beside a sum of 448^2 fall off the tensor cores' 14 bits."""
+    k = 4096
+    a = np.ones((64, k), np.float32)
+    a[:, 0] = 448
+    left = Quantized(jnp.asarray(a).astype(jnp.float8_e4m3fn), jnp.full((k // 128, 64), 0.5))
+    scales = jnp.full((k // 128, 64) if wgrad else (1, k // 128), 4.0)
+    options = dict(out_dtype=jnp.float32, implementation="mosaic_gpu")
+    got = fp8_matmul(left, Quantized(left.values, scales), promote=False, **options)
+    exact = 2.0 * (448 * 448 + k - 1)
+    assert np.all(np.abs(got / exact - 1) < 0.03) and np.all(np.abs(got / exact - 1) > 1e-4)
+    kept = fp8_matmul(left, Quantized(left.values, scales), **options)
+    assert np.all(np.abs(kept / exact - 1) < 1e-4)
+
+
+def test_without_promotion_groups_are_scaled():
+    rows, sizes = sum(RAGGED) + PAST, jnp.asarray(RAGGED, jnp.int32)
+    whole = dict(per_tensor=True, implementation="reference")
+    x = quantize_rows(_normal(rows, 256), **whole)
+    w = quantize_blocks(_normal(len(RAGGED), 320, 256, seed=1), **whole)
+    got = fp8_grouped_matmul(x, w, sizes, out_dtype=jnp.float32, promote=False, implementation="mosaic_gpu")
+    start, x64, w64 = 0, _float64(x), _float64(w)
+    for g, size in enumerate(RAGGED):
+        _close(got[start : start + size], x64[start : start + size], w64[g])
+        start += size
+    left = quantize_columns(_normal(rows, 256), sizes, **whole)
+    right = quantize_columns(_normal(rows, 320, seed=1), sizes, **whole)
+    got = fp8_grouped_wgrad(left, right, sizes, promote=False, implementation="mosaic_gpu")
+    want = fp8_grouped_wgrad(left, right, sizes, implementation="reference")
+    scale = np.linalg.norm(_float64(left)) * np.linalg.norm(_float64(right))
+    assert np.max(np.abs(np.asarray(got) - np.asarray(want))) <= TENSOR_CORES * scale
+
+
 def test_grouped():
     rows, sizes = sum(RAGGED) + PAST, jnp.asarray(RAGGED, jnp.int32)
     x, w = _rows(_normal(rows, 256)), quantize_blocks(_normal(len(RAGGED), 320, 256, seed=1))

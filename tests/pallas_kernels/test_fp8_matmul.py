@@ -133,12 +133,16 @@ def test_gpu_kernels_lower(m, n, k):
             fp8_matmul(a, rows, out_dtype=jnp.float32),
             fp8_grouped_matmul(a, stack, sizes),
             fp8_grouped_wgrad(left, right, sizes),
+            fp8_matmul(a, w, promote=False),
+            fp8_matmul(a, rows, promote=False),
+            fp8_grouped_matmul(a, stack, sizes, promote=False),
+            fp8_grouped_wgrad(left, right, sizes, promote=False),
         )
 
     with target_platform("gpu"):
         traced = jax.jit(every).trace(a, rows, w, stack, left, right, jax.ShapeDtypeStruct((4,), jnp.int32))
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("custom_call @mosaic_gpu") == 4
+    assert text.count("custom_call @mosaic_gpu") == 8
 
 
 @needs_mosaic_gpu

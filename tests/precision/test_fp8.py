@@ -219,7 +219,7 @@ def test_the_recipe_is_asked_for_by_name():
 
 
 def test_bad_recipes_are_refused():
-    bad = FP8Config(activation_scales="row", weight_scales="tile", gradient_dtype="e3m4", swiglu_input="fp16")
+    bad = FP8Config("row", "tile", promotion=False, gradient_dtype="e3m4", swiglu_input="fp16")
     fields = {problem.field for problem in check(dataclasses.replace(config("fp8"), fp8=bad))}
-    names = ("activation_scales", "weight_scales", "gradient_dtype", "swiglu_input")
+    names = ("activation_scales", "weight_scales", "promotion", "gradient_dtype", "swiglu_input")
     assert fields == {f"fp8.{name}" for name in names}
