@@ -164,9 +164,7 @@ class FP8Config:
 
     activation_scales: str = "tile"  # One for 1x128, 128x1 in weight gradients. "tensor": one; a control.
     weight_scales: str = "block"  # One for 128x128. "tensor": one a matrix; a control.
-    promotion: bool = (
-        True  # Sum each 128 products by itself. False, of tensor scales only: a control on Hopper.
-    )
+    promotion: bool = True  # Each 128 products are summed apart. False: a control, of tensor scales.
     gradient_dtype: str = "e4m3"  # Of output gradients; or "e5m2", as per-tensor recipes have it.
     power_of_two: bool = True  # Scales of what goes to experts and of the attention output.
     swiglu_input: str = "fp8"  # How it is kept for the backward pass; or "bf16".
