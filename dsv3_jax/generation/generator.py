@@ -155,7 +155,7 @@ def _first(weights, state, hidden, config):
 
 
 @functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("state",))
-def _step(weights, state, config):
+def decode_step(weights, state, config):
     return decode.step(weights, state, config)
 
 
@@ -269,7 +269,7 @@ class Generator:
         first, started = True, 0.0
         while open_rows:
             # The device is at the next step while the host looks at this one.
-            state, coming = _step(self.weights, state, self.config)
+            state, coming = decode_step(self.weights, state, self.config)
             if first:  # What has passed is compilation.
                 started = time.perf_counter()
             now = jax.device_get(emitted)

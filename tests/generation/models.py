@@ -27,6 +27,8 @@ CONFIGS = {
         tie_embeddings=True,
         **SIZE,
     ),
+    # Compiles quickly: for what surrounds the model.
+    "small": changed(n_layers=1, moe={"n_dense_layers": 1}, mtp={"depth": 1}, max_seq_len=64),
     "mqa": changed(attention={"kind": "mqa"}, mtp={"kind": "parallel"}, moe={"n_shared": 0}, **SIZE),
 }
 

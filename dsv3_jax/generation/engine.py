@@ -1,0 +1,481 @@
+"""Continuous batching: sequences join and leave between steps, over one pool of cache pages.
+
+Shapes are fixed: `slots` sequences, a page table of one width, prompts read in chunks of a few sizes. So
+joining and leaving compile nothing. A request reserves the pages of its longest possible text when it joins,
+and never has to wait or be evicted after that.
+"""
+
+import functools
+import itertools
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.data.tokenizers import Tokenizer
+from dsv3_jax.generation import decode
+from dsv3_jax.generation.cache import LatentCache, init_cache
+from dsv3_jax.generation.decode import DecodeState, Emitted
+from dsv3_jax.generation.generator import (
+    SMALLEST_CHUNK,
+    Follower,
+    Piece,
+    check_drafts,
+    check_prompt,
+    chunks,
+    decode_step,
+    needs_filters,
+    prefill_chunk,
+)
+from dsv3_jax.generation.sampling import RequestError, SamplingParams, make_sampler
+from dsv3_jax.generation.speculation import window
+from dsv3_jax.generation.weights import Weights
+
+
+class QueueFull(RuntimeError):
+    """The queue has no room for another request."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an engine has room for."""
+
+    slots: int = 16  # Sequences decoded together.
+    max_tokens: int = 4096  # Of a prompt and its completion.
+    page_size: int = 64
+    pages: int = 0  # Shared by the slots; 0: as many as all slots at `max_tokens` need.
+    queue: int = 256  # Requests that may wait.
+    chunk: int = 256  # Tokens of a prompt read between two steps.
+
+
+@dataclass
+class Counters:
+    """Totals since the engine was made."""
+
+    submitted: int = 0
+    completed: int = 0
+    cancelled: int = 0
+    failed: int = 0
+    rejected: int = 0
+    prompt_tokens: int = 0
+    tokens: int = 0
+    steps: int = 0
+    drafts: int = 0  # Steps of sequences that drafted.
+    accepted: list[int] = field(default_factory=list)  # Drafts accepted, by position.
+    first_token_seconds: float = 0.0  # Sum over the requests that have one.
+
+
+class Pages:
+    """Which pages of the pool are free."""
+
+    def __init__(self, count: int):
+        self._free = list(range(count))[::-1]
+        self.count = count
+
+    @property
+    def free(self) -> int:
+        """Pages that nobody has."""
+        return len(self._free)
+
+    def take(self, count: int) -> list[int] | None:
+        """So many pages, or None if there are not enough."""
+        if count > len(self._free):
+            return None
+        return [self._free.pop() for _ in range(count)]
+
+    def give_back(self, pages: list[int]) -> None:
+        """Frees pages; each must be in use."""
+        assert not set(pages) & set(self._free) and len(set(pages)) == len(pages)
+        self._free += pages
+
+
+class Request:
+    """A request under way. `deliver` is called from the engine's thread with every piece of the text.
+
+    The last piece has a `finish_reason`: "stop", "length", "cancelled" or "error".
+    """
+
+    def __init__(self, prompt: np.ndarray, params: SamplingParams, deliver: Callable[[Piece], None]):
+        self.prompt, self.params, self.deliver = prompt, params, deliver
+        self.cancelled = self.done = False
+        self.submitted = time.perf_counter()
+        self.pages: list[int] = []
+        self.slot = -1
+        self.follower: Any = None
+
+    def cancel(self) -> None:
+        """Ends it at the next step; its pages are freed then."""
+        self.cancelled = True
+
+
+@dataclass
+class _Joining:
+    """A request whose prompt is being read."""
+
+    request: Request
+    pieces: list[tuple[int, int]]
+    kept: jax.Array
+    table: jax.Array
+
+
+class Engine:
+    """Serves many requests over one model.
+
+    Call `step` in a loop, or `start` a thread that does. `submit` and `Request.cancel` may be called from any
+    thread.
+
+    Args:
+      config: the model.
+      weights: of `weights.prepare`.
+      tokenizer: for text and the end-of-text token; None works on tokens.
+      limits: what there is room for.
+      cache_dtype: a key of `cache.DTYPES`.
+      drafts: tokens drafted a step by the MTP depths.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        tokenizer: Tokenizer | None = None,
+        limits: Limits | None = None,
+        *,
+        cache_dtype: str = "bf16",
+        drafts: int = 0,
+    ):
+        check_drafts(config, drafts)
+        limits = limits or Limits()
+        self.limits = replace(limits, max_tokens=min(limits.max_tokens, config.max_seq_len))
+        self.config, self.weights, self.tokenizer, self.drafts = config, weights, tokenizer, drafts
+        self.eos_id = -1 if tokenizer is None else tokenizer.eos_id
+        self._state = self._empty_state(cache_dtype)
+        self._seen = jnp.zeros((limits.slots, config.vocab_size), bool)
+        self.pages = Pages(self._state.cache.layers[0].c_kv.shape[0] // self._state.cache.streams)
+        self.counters = Counters(accepted=[0] * drafts)
+        self._queue: deque[Request] = deque()
+        self._slots: list[Request | None] = [None] * limits.slots
+        self._joining: _Joining | None = None
+        self._pending: tuple[list[Request | None], Emitted] | None = None
+        self._leaving: set[int] = set()  # Slots that the device must still be told about.
+        self._lock = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._stopping = False
+        self.error: BaseException | None = None  # What ended the thread.
+
+    def _empty_state(self, cache_dtype: str) -> DecodeState:
+        limits, slots = self.limits, self.limits.slots
+        cache = init_cache(
+            self.config,
+            slots,
+            limits.max_tokens + self.drafts + 1,
+            cache_dtype,
+            page_size=limits.page_size,
+            n_pages=limits.pages,
+            drafts=self.drafts,
+        )
+        size, dtype = window(self.drafts), self.weights.embedding.dtype
+        return DecodeState(
+            cache,
+            jnp.zeros((slots, max(1, size)), jnp.int32),
+            jnp.zeros((slots, size, self.config.d_model), dtype),
+            jnp.zeros((slots, 0), bool),
+            make_sampler([SamplingParams()] * slots, self.eos_id),
+            jnp.zeros(slots, jnp.int32),
+            jnp.zeros(slots, bool),
+        )
+
+    # ------------------------------------------------------------------------------- any thread
+
+    @property
+    def waiting(self) -> int:
+        """Requests in the queue."""
+        return len(self._queue)
+
+    @property
+    def running(self) -> int:
+        """Requests that have a slot."""
+        return sum(request is not None for request in self._slots) + (self._joining is not None)
+
+    def submit(self, prompt: Any, params: SamplingParams, deliver: Callable[[Piece], None]) -> Request:
+        """Queues a request.
+
+        Raises:
+          RequestError: it can never be served; the message names the limit.
+          QueueFull: not now.
+        """
+        tokens = check_prompt(prompt, self.config)
+        most = self.limits.max_tokens
+        if len(tokens) + params.max_new_tokens > most:
+            raise RequestError(
+                f"the prompt's {len(tokens)} tokens and max_tokens = {params.max_new_tokens} exceed the "
+                f"{most} that this server has room for"
+            )
+        if self._pages_for(len(tokens), params) > self.pages.count:
+            raise RequestError(f"the request needs more than all {self.pages.count} pages of the cache")
+        with self._lock:
+            if self.error is not None:
+                raise RuntimeError("the engine has stopped") from self.error
+            if len(self._queue) >= self.limits.queue:
+                self.counters.rejected += 1
+                raise QueueFull(f"{self.limits.queue} requests are waiting already")
+            request = Request(tokens, params, deliver)
+            self._queue.append(request)
+            self.counters.submitted += 1
+            self._lock.notify()
+        return request
+
+    def start(self) -> None:
+        """Runs `step` in a thread of its own until `stop`."""
+        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Cancels what is under way and ends the thread."""
+        with self._lock:
+            self._stopping = True
+            self._lock.notify()
+        if self._thread is not None:
+            self._thread.join()
+        self._cancel_all()
+
+    def _loop(self) -> None:
+        try:
+            while True:
+                with self._lock:
+                    while not (self._stopping or self._queue or self._busy()):
+                        self._lock.wait()
+                    if self._stopping:
+                        return
+                self.step()
+        except BaseException as error:
+            self.error = error
+            self._cancel_all("error")
+            raise
+
+    def _busy(self) -> bool:
+        return bool(self._joining or self._pending or any(self._slots))
+
+    # ------------------------------------------------------------------------- the engine's thread
+
+    def step(self) -> bool:
+        """Reads a chunk of a prompt, decodes a step, delivers the step before. False: there is no work."""
+        if not (self._queue or self._busy()):
+            return False
+        self._drop_cancelled()
+        if self._joining is None:
+            self._admit()
+        if self._joining is not None:
+            self._read_chunk(self._joining)
+        coming = self._decode() if any(self._slots) else None
+        if self._pending is not None:
+            self._deliver(*self._pending)
+        self._pending = coming
+        return True
+
+    def run_until_idle(self) -> None:
+        """Steps until every request is answered."""
+        while self.step():
+            pass
+
+    def _pages_for(self, prompt: int, params: SamplingParams) -> int:
+        # Drafts may be written past the last token.
+        return -(-(prompt + params.max_new_tokens + self.drafts) // self.limits.page_size)
+
+    def _admit(self) -> None:
+        """The next request starts to join, if a slot and its pages are free."""
+        free = next((i for i, request in enumerate(self._slots) if request is None), None)
+        if free is None or not self._queue:
+            return
+        pages = self.pages.take(self._pages_for(len(self._queue[0].prompt), self._queue[0].params))
+        if pages is None:
+            return
+        with self._lock:
+            request = self._queue.popleft()
+        request.pages, request.slot = pages, free
+        request.follower = Follower(request.params, self.tokenizer, self.eos_id)
+        assert self._state.cache.page_table is not None
+        table = np.zeros((1, self._state.cache.page_table.shape[1]), np.int32)
+        table[0, : len(pages)] = pages
+        kept = jnp.zeros((1, max(1, window(self.drafts)), self.config.d_model), self.weights.embedding.dtype)
+        pieces = list(chunks(len(request.prompt), self.limits.chunk))
+        self._joining = _Joining(request, pieces, kept, jnp.asarray(table))
+
+    def _read_chunk(self, joining: _Joining) -> None:
+        request, cache = joining.request, self._state.cache
+        (start, size), *joining.pieces = joining.pieces
+        lengths = np.array([len(request.prompt)], np.int32)
+        view = LatentCache(cache.layers, jnp.asarray(lengths), joining.table, cache.streams)
+        tokens = np.zeros((1, size + self.drafts), np.int32)
+        ahead = request.prompt[start : start + size + self.drafts]
+        tokens[0, : len(ahead)] = ahead
+        view, joining.kept = prefill_chunk(
+            self.weights,
+            view,
+            joining.kept,
+            tokens,
+            np.int32(start),
+            lengths,
+            self.config,
+            self.limits.chunk,
+            self.drafts,
+        )
+        assert view.page_table is not None
+        joining.table = view.page_table  # The whole view was donated.
+        self._state = replace(self._state, cache=replace(cache, layers=view.layers))
+        if not joining.pieces:
+            self._join(joining)
+
+    def _join(self, joining: _Joining) -> None:
+        """The prompt is read: the request takes its slot, and has its first token."""
+        request, params = joining.request, joining.request.params
+        recent = np.zeros((1, self._state.recent.shape[1]), np.int32)
+        tail = request.prompt[-recent.shape[1] :]
+        recent[0, recent.shape[1] - len(tail) :] = tail
+        filters = needs_filters(params)
+        seen = np.zeros((1, self.config.vocab_size if filters else 0), bool)
+        if filters:
+            seen[0, request.prompt] = True
+        row = DecodeState(
+            LatentCache((), jnp.full(1, len(request.prompt), jnp.int32), joining.table, 1),
+            jnp.asarray(recent),
+            joining.kept if self.drafts else joining.kept[:, :0],
+            jnp.asarray(seen),
+            make_sampler([params], self.eos_id),
+            jnp.full(1, params.max_new_tokens, jnp.int32),
+            jnp.ones(1, bool),
+        )
+        self._state, self._seen, emitted = _take_slot(
+            self.weights, self._state, self._seen, row, joining.kept[:, -1], np.int32(request.slot)
+        )
+        self._joining = None
+        self._leaving.discard(request.slot)
+        self._slots[request.slot] = request
+        self.counters.prompt_tokens += len(request.prompt)
+        emitted = jax.device_get(emitted)
+        self.counters.first_token_seconds += time.perf_counter() - request.submitted
+        self._push(request, emitted, 0)
+
+    def _decode(self) -> tuple[list[Request | None], Emitted]:
+        """Starts a step; the device works on it while the host goes on."""
+        if self._leaving:
+            keep = np.ones(self.limits.slots, bool)
+            keep[list(self._leaving)] = False
+            self._state = replace(self._state, active=_and(self._state.active, keep))
+            self._leaving.clear()
+        # The vocabulary is sorted only while some request wants it.
+        filters = any(request is not None and needs_filters(request.params) for request in self._slots)
+        seen = self._seen if filters else self._state.seen
+        none_seen = self._state.seen
+        state, emitted = decode_step(self.weights, replace(self._state, seen=seen), self.config)
+        if filters:
+            self._seen = state.seen
+            state = replace(state, seen=none_seen)
+        self._state = state
+        self.counters.steps += 1
+        return list(self._slots), emitted
+
+    def _deliver(self, owners: list[Request | None], emitted: Emitted) -> None:
+        emitted = jax.device_get(emitted)
+        for slot, request in enumerate(owners):
+            if request is None or request.done or emitted.accepted[slot] < 0:
+                continue
+            if self.drafts:
+                self.counters.drafts += 1
+                for j in range(self.drafts):
+                    self.counters.accepted[j] += int(emitted.accepted[slot] > j)
+            self._push(request, emitted, slot)
+
+    def _push(self, request: Request, emitted: Emitted, row: int) -> None:
+        if not emitted.finite[row]:
+            return self._finish(request, Piece([], [], "", "error"))
+        piece = request.follower.push(emitted, row)
+        self.counters.tokens += len(piece.tokens)
+        if piece.finish_reason:
+            self._finish(request, piece)
+        else:
+            request.deliver(piece)
+
+    def _finish(self, request: Request, piece: Piece) -> None:
+        """Frees the slot and the pages, and delivers the last piece."""
+        request.done = True
+        if request.slot >= 0:
+            if self._slots[request.slot] is request:
+                self._slots[request.slot] = None
+                self._leaving.add(request.slot)
+            # A step under way may still write there; whoever has the pages next writes after it.
+            self.pages.give_back(request.pages)
+            request.pages = []
+        name = {"cancelled": "cancelled", "error": "failed"}.get(piece.finish_reason or "", "completed")
+        setattr(self.counters, name, getattr(self.counters, name) + 1)
+        request.deliver(piece)
+
+    def _drop_cancelled(self) -> None:
+        with self._lock:
+            waiting = [request for request in self._queue if request.cancelled]
+            for request in waiting:
+                self._queue.remove(request)
+        joining = self._joining.request if self._joining else None
+        if joining is not None and joining.cancelled:
+            self._joining = None
+            waiting.append(joining)
+        for request in [*waiting, *filter(None, self._slots)]:
+            if request.cancelled:
+                self._finish(request, Piece([], [], "", "cancelled"))
+
+    def _cancel_all(self, reason: str = "cancelled") -> None:
+        joining = [self._joining.request] if self._joining else []
+        self._joining = self._pending = None
+        with self._lock:
+            everyone = [*self._queue, *joining, *filter(None, self._slots)]
+            self._queue.clear()
+        for request in everyone:
+            self._finish(request, Piece([], [], "", reason))
+
+    def warm_up(self) -> None:
+        """Compiles everything that requests can need."""
+        plain = SamplingParams(max_new_tokens=2, ignore_eos=True)
+        sizes = itertools.takewhile(
+            lambda n: n <= min(self.limits.chunk, self.limits.max_tokens - 2),
+            (SMALLEST_CHUNK << i for i in itertools.count()),
+        )
+        for params in (plain, replace(plain, top_k=2)):
+            for size in [1, *sizes]:
+                self.submit(np.zeros(size, np.int32), params, lambda piece: None)
+                self.run_until_idle()
+        self.counters = Counters(accepted=[0] * self.drafts)
+
+
+@functools.partial(jax.jit, donate_argnames=("state", "all_seen"))
+def _take_slot(weights, state: DecodeState, all_seen, row: DecodeState, hidden, slot):
+    """Samples the first token of a prompt and puts its row into the state: (state, seen, Emitted)."""
+    row, emitted = decode.first_tokens(weights, row, hidden)
+
+    def put(old: jax.Array, new: jax.Array) -> jax.Array:
+        return old.at[slot].set(new[0])
+
+    cache, own = state.cache, row.cache
+    assert cache.page_table is not None and own.page_table is not None
+    state = DecodeState(
+        replace(
+            cache, lengths=put(cache.lengths, own.lengths), page_table=put(cache.page_table, own.page_table)
+        ),
+        put(state.recent, row.recent),
+        put(state.hidden, row.hidden),
+        state.seen,
+        jax.tree.map(put, state.sampler, row.sampler),
+        put(state.left, row.left),
+        put(state.active, row.active),
+    )
+    return state, put(all_seen, row.seen) if row.seen.shape[1] else all_seen, emitted
+
+
+@jax.jit
+def _and(left: jax.Array, right: jax.Array) -> jax.Array:
+    return left & right
