@@ -26,6 +26,15 @@ def platform() -> str:
     return _target.get() or jax.default_backend()
 
 
+def on_one_device() -> bool:
+    """Whether operands are whole on one device: there is one, or all mesh axes are manual.
+
+    The compiler does not partition our kernels: on several devices they need `shard_map`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.device_count() == 1 or (not mesh.empty and mesh.are_all_axes_manual)
+
+
 @contextlib.contextmanager
 def target_platform(name: str) -> Iterator[None]:
     """Makes `"auto"` choose for `name` inside the block: ahead-of-time compilation on another machine."""

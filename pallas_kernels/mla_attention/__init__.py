@@ -32,16 +32,9 @@ _FEW_SCORES = 2**26
 def _preference(q, k):
     scores = math.prod(q.shape[:3]) * k.shape[1]
     plain = ("reference",) if scores <= _FEW_SCORES else ("chunked",)
-    # The compiler does not partition our kernels: on several devices they need `shard_map`.
-    ours = ("mosaic_gpu",) if _one_device() else ()
+    ours = ("mosaic_gpu",) if implementations.on_one_device() else ()
     # On CPU autodiff through the softmax takes longer than their backward passes, at any length.
     return {"cpu": ("strips", "chunked"), "gpu": ("cudnn", *ours, *plain), "tpu": plain}
-
-
-def _one_device() -> bool:
-    """Whether the operands are whole on one device: there is one, or all mesh axes are manual."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return jax.device_count() == 1 or (not mesh.empty and mesh.are_all_axes_manual)
 
 
 def mla_attention(

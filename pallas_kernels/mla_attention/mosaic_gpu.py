@@ -4,6 +4,7 @@ The kernels are in `mosaic_gpu_forward`, `mosaic_gpu_backward` (dK, dV) and `mos
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -154,7 +155,7 @@ def _backward_operands(call, saved, cotangents):
     # d logits = p * (d p - delta), and the log-sum-exp's own gradient adds p * d_lse.
     delta = jnp.einsum("bshd,bshd->bhs", out, d_out, preferred_element_type=jnp.float32) - d_lse
     missing = ((0, 0), (0, 0), (0, -call.q_len % TILE))
-    shift = jnp.where(lse == -jnp.inf, -jnp.inf, lse * (-1 / call.scale))
+    shift = jnp.where(lse == -jnp.inf, -jnp.inf, (lse + math.log(mosaic_gpu_call.UNIT)) * (-1 / call.scale))
     operands = Operands(
         *(_pad_rows(array, 8) for array in (q, k, v, k_rope, d_out)),
         jnp.pad(shift, missing, constant_values=-jnp.inf),

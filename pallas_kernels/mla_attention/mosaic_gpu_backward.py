@@ -9,7 +9,7 @@ With P = exp(scale S - lse) recomputed, dP = dO V^T and dS = P (dP - delta), del
   recomputed where it would take too much memory.
 
 All accumulate in registers in a fixed order, so results repeat bit for bit. dS is rounded to bf16, and so
-is P; here dS is computed from the rounded P, for want of registers.
+is P; while dP is computed, P waits in float16, for want of registers.
 """
 
 import functools
@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mla_attention import mosaic_gpu_common as common
-from pallas_kernels.mla_attention.mosaic_gpu_call import BLOCK
+from pallas_kernels.mla_attention.mosaic_gpu_call import BLOCK, UNIT
 from pallas_kernels.mla_attention.mosaic_gpu_common import ROWS, TILE, WARPGROUPS, arrive, down, sync, tiled
 
 STAGES = 3  # blocks in shared memory
@@ -36,7 +36,8 @@ class Operands(typing.NamedTuple):
     Attributes:
       q, k, v, k_rope, d_out: bf16 `[batch, length, heads, width]`, lengths padded to a multiple of 8; k_rope,
         `[batch, kv_len, d_rope]`, may be None.
-      shift: float32 `[batch, heads, rows of whole tiles]`, -lse / scale; -inf where a query sees nothing.
+      shift: float32 `[batch, heads, rows of whole tiles]`, (-lse - log(UNIT)) / scale; -inf where a query
+        sees nothing.
       delta: float32, likewise: minus the row sums of d_out * out; 0 in the padding.
       q_segments, kv_segments: int32, padded to whole tiles, or None.
       ranges: int32 `[batch, tiles, 4]`, the blocks that each tile visits, or None without segments.
@@ -206,7 +207,8 @@ def _compute(work, wg, outs, local, pair):
         return dk[...], dv[...]
 
     dk, dv = pl.run_scoped(accumulate, plgpu.ACC((ROWS, call.d_qk)), plgpu.ACC((ROWS, call.d_v)))
-    dk *= call.scale
+    dk *= call.scale * UNIT
+    dv *= UNIT
     shared.k[mine] = dk[:, : call.d_k].astype(jnp.bfloat16)
     shared.v[mine] = dv.astype(jnp.bfloat16)
     if call.d_rope:
@@ -237,17 +239,17 @@ def _step(work, mine, slot, i, segments, rows, some_masked, dk, dv):
         s = plgpu.wgmma_accumulator_load(s, wait_n=0)
         s = _masked(work, s, i, segments, rows) if some_masked else s
         # The barrier keeps the rounding packed, two numbers an instruction.
-        return lax.optimization_barrier(jnp.exp2(s * (call.scale * common.LOG2E)).astype(jnp.bfloat16))
+        return lax.optimization_barrier(jnp.exp2(s * (call.scale * common.LOG2E)).astype(jnp.float16))
 
     @functools.partial(pl.run_scoped, dp=square)
     def d_scores(dp):
         plgpu.barrier_wait(shared.d_out_full.at[slot])
         dp[...] = down(plgpu.load(shared.delta.at[slot], layout=common.PER_COLUMN), ROWS)
         plgpu.wgmma(dp, shared.v.at[mine], shared.d_out.at[slot].transpose((1, 0)))
-        plgpu.wgmma(dv, weights, shared.d_out.at[slot])
-        dp = plgpu.wgmma_accumulator_load(dp, wait_n=1)
+        dp = plgpu.wgmma_accumulator_load(dp, wait_n=0)
         return (weights.astype(jnp.float32) * dp).astype(jnp.bfloat16)
 
+    plgpu.wgmma(dv, weights.astype(jnp.bfloat16), shared.d_out.at[slot])
     plgpu.wgmma(dk, d_scores, shared.q.at[slot])
     return d_scores
 

@@ -12,6 +12,9 @@ from pallas_kernels.mla_attention.mosaic_gpu_common import TILE, WARPGROUPS
 
 L2_BYTES = 24 * 2**20  # of keys and values, or queries and gradients, that the kernels walk over together
 BLOCK = 64  # rows of a block that passes, in the backward kernels
+# The backward kernels' weights are probabilities in this unit: then float16, which holds them while dP is
+# computed, rounds none above 2^-29 coarser than to 11 bits.
+UNIT = 2.0**-15
 
 
 class Call(typing.NamedTuple):

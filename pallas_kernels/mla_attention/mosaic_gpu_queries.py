@@ -11,7 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mla_attention import mosaic_gpu_common as common
 from pallas_kernels.mla_attention.mosaic_gpu_backward import FIRST_FREE, SECOND_FREE, STAGES, Operands
-from pallas_kernels.mla_attention.mosaic_gpu_call import BLOCK
+from pallas_kernels.mla_attention.mosaic_gpu_call import BLOCK, UNIT
 from pallas_kernels.mla_attention.mosaic_gpu_common import ROWS, TILE, WARPGROUPS, across, arrive, sync, tiled
 
 
@@ -119,7 +119,7 @@ def _store(call, parts, staging, halves):
     for part in parts:
         for start in range(0, part.shape[1], 64):
             for i, half in enumerate(halves):
-                piece = part[i * ROWS : (i + 1) * ROWS, start : start + 64] * call.scale
+                piece = part[i * ROWS : (i + 1) * ROWS, start : start + 64] * (call.scale * UNIT)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 staging[...] = piece.astype(jnp.bfloat16)
                 plgpu.commit_smem()
@@ -229,7 +229,7 @@ def _compute(call, gmem, dq_gmem, shared, wg, work):
     parts = pl.run_scoped(accumulate, *(plgpu.ACC((ROWS, d)) for d in (call.d_k, call.d_rope) if d))
     start = 0
     for part in parts:
-        shared.q[mine, pl.ds(start, part.shape[1])] = (part * call.scale).astype(jnp.bfloat16)
+        shared.q[mine, pl.ds(start, part.shape[1])] = (part * (call.scale * UNIT)).astype(jnp.bfloat16)
         start += part.shape[1]
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(shared.q.at[mine], dq_gmem.at[row, rows, head])

@@ -17,7 +17,6 @@ from pallas_kernels.mla_decode import blocked, mosaic_gpu, reference
 # that returns (output, log-sum-exp), and `unsupported` of the same arrays.
 _MODULES = {"reference": reference, "blocked": blocked, "mosaic_gpu": mosaic_gpu}
 IMPLEMENTATIONS = tuple(_MODULES)
-_PREFERENCE = {"cpu": ("blocked",), "gpu": ("blocked",), "tpu": ("blocked",)}
 QUANTISED = (jnp.int8, jnp.float8_e4m3fn)
 
 
@@ -49,8 +48,9 @@ def mla_decode(
       page_table: the pages of each sequence in order; entries beyond its length are not read.
       c_kv_scale: factor of each entry of a quantised c_kv; required for those and for no others.
       k_rope_scale: likewise for k_rope.
-      implementation: `"auto"`, or one by name: `"reference"` (the whole capacity at once, float32) or
-        `"blocked"` (plain JAX, a block at a time up to the longest length).
+      implementation: `"auto"`, or one by name: `"reference"` (the whole capacity at once, float32),
+        `"blocked"` (plain JAX, a block at a time up to the longest length) or `"mosaic_gpu"` (Hopper, bf16;
+        our kernels).
 
     Returns:
       The output in the dtype of q, and the log-sum-exp of the scaled, masked logits.
@@ -62,7 +62,9 @@ def mla_decode(
     arrays = (q, c_kv, k_rope, lengths, page_table, c_kv_scale, k_rope_scale)
     _check(*arrays)
     constraints = {name: functools.partial(module.unsupported, *arrays) for name, module in _MODULES.items()}
-    chosen = implementations.choose("mla_decode", implementation, constraints, _PREFERENCE)
+    ours = ("mosaic_gpu",) if implementations.on_one_device() else ()
+    preference = {"cpu": ("blocked",), "gpu": (*ours, "blocked"), "tpu": ("blocked",)}
+    chosen = implementations.choose("mla_decode", implementation, constraints, preference)
     with jax.named_scope(f"mla_decode_{chosen}"):
         return _MODULES[chosen].attention(*arrays, scale=float(scale))
 

@@ -10,7 +10,10 @@ import functools
 import jax
 import jax.numpy as jnp
 
-BLOCK = 512  # cache entries of a step, or as many whole pages
+from pallas_kernels import implementations
+
+# Cache entries of a step, or as many whole pages: what a CPU's cache holds; elsewhere few launches.
+BLOCKS = {"cpu": 512, "gpu": 2048, "tpu": 2048}
 
 _dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
@@ -21,10 +24,11 @@ def unsupported(q, c_kv, k_rope, lengths, page_table, c_kv_scale, k_rope_scale) 
     return None
 
 
-def attention(q, c_kv, k_rope, lengths, page_table, c_kv_scale, k_rope_scale, *, scale, block=BLOCK):
+def attention(q, c_kv, k_rope, lengths, page_table, c_kv_scale, k_rope_scale, *, scale, block=None):
     """Returns the output `[batch, s_q, heads, rank]` and the log-sum-exp `[batch, s_q, heads]`."""
     batch, s_q, heads, _ = q.shape
     rank, slots = c_kv.shape[-1], c_kv.shape[1]
+    block = block or BLOCKS[implementations.platform()]
     capacity = slots if page_table is None else slots * page_table.shape[1]
     if not capacity:
         return jnp.zeros((*q.shape[:3], rank), q.dtype), jnp.full(q.shape[:3], -jnp.inf)

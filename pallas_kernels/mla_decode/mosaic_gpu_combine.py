@@ -8,7 +8,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mla_attention import mosaic_gpu_common as common
 
-COLUMNS = 128  # of a program, one a thread
+THREADS = 128
+_MANY = 1024  # programs keep the GPU busy
 
 
 def combine(parts, lses, bounds, *, call):
@@ -24,12 +25,16 @@ def combine(parts, lses, bounds, *, call):
       The output `[batch, rows, rank]` in bf16 and its log-sum-exp `[batch, rows]` in float32; 0 and -inf
       where a sequence has no part.
     """
-    # With few sequences each has many parts: read many at a time.
-    together = 2 if call.batch * call.tiles >= call.groups else 8
+    # Few sequences have many parts each, of which many are read at a time; many need no finer division.
+    parts_each = 1 + call.groups / call.batch
+    together = next((n for n in (4, 8) if parts_each <= n), 16)
+    each = next(n for n in (4, 2, 1) if call.rank % (n * THREADS) == 0)  # Columns of a thread.
+    each = each if call.batch * call.rows >= _MANY else 1
+    width, layout = each * THREADS, plgpu.Layout.WG_STRIDED((each * THREADS,), each)
 
     def kernel(parts, lses, bounds, out, lse_out):
         b, row, chunk = (lax.axis_index(name) for name in ("b", "row", "chunk"))
-        columns = pl.ds(chunk * COLUMNS, COLUMNS)
+        columns = pl.ds(chunk * width, width)
         first, last = bounds[b, 0], bounds[b, 1]
 
         def body(i, carry):
@@ -38,7 +43,7 @@ def combine(parts, lses, bounds, *, call):
             found = []
             for number in numbers:
                 part = jnp.minimum(number, last - 1)
-                x = plgpu.load(parts.at[part, row, columns], layout=plgpu.Layout.WG_STRIDED((COLUMNS,), 1))
+                x = plgpu.load(parts.at[part, row, columns], layout=layout)
                 found.append((jnp.where(number < last, lses[part, row], -jnp.inf), x))
             new_peak = peak
             for lse, _ in found:
@@ -51,7 +56,7 @@ def combine(parts, lses, bounds, *, call):
                 total, value = total + weight, value + x * weight
             return new_peak, total, value
 
-        zeros = plgpu.layout_cast(jnp.zeros((COLUMNS,), jnp.float32), plgpu.Layout.WG_STRIDED((COLUMNS,), 1))
+        zeros = plgpu.layout_cast(jnp.zeros((width,), jnp.float32), layout)
         start = (jnp.float32(-jnp.inf), jnp.float32(0), zeros)
         steps = lax.div(last - first + together - 1, together)
         peak, total, value = lax.fori_loop(0, steps, body, start)
@@ -68,7 +73,7 @@ def combine(parts, lses, bounds, *, call):
             jax.ShapeDtypeStruct((call.batch, call.rows, call.rank), jnp.bfloat16),
             jax.ShapeDtypeStruct((call.batch, call.rows), jnp.float32),
         ],
-        grid=(call.rank // COLUMNS, call.rows, call.batch),
+        grid=(call.rank // width, call.rows, call.batch),
         grid_names=("chunk", "row", "b"),
         compiler_params=plgpu.CompilerParams(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
