@@ -6,7 +6,7 @@
 `coarse` is the control: one scale a tensor, and sums left to the tensor cores. Each variant runs in a
 process of its own, all at once, until the configuration's steps or the seconds are over. The gap is that
 of the losses smoothed over `WINDOW` steps, relative to bf16. With `--after FILE` the processes compile, and
-start when the file exists.
+start when the file exists. `--add FILE` takes the variants that are not run from earlier results.
 """
 
 import argparse
@@ -114,9 +114,10 @@ def plot(runs: dict, path: str) -> None:
     curves = {name: smoothed([loss for loss, _ in run["losses"][:steps]]) for name, run in runs.items()}
     figure, (above, below) = plt.subplots(2, 1, sharex=True, figsize=(8, 6))
     for name, curve in curves.items():
-        above.plot(range(WINDOW, steps + 1), curve, label=name)
+        (line,) = above.plot(range(WINDOW, steps + 1), curve, label=name)
         if name != "bf16" and "bf16" in curves:
-            below.plot(range(WINDOW, steps + 1), 100 * (curve / curves["bf16"] - 1), label=name)
+            gap = 100 * (curve / curves["bf16"] - 1)
+            below.plot(range(WINDOW, steps + 1), gap, color=line.get_color())
     above.set_ylabel("loss, nats a token")
     below.set_ylabel("gap to bf16, %")
     below.set_xlabel(f"step (means over {WINDOW})")
@@ -133,12 +134,14 @@ def main() -> None:
     parser.add_argument("--variants", default=",".join(VARIANTS))
     parser.add_argument("--variant", help="run this one, in this process")
     parser.add_argument("--after", default="")
+    parser.add_argument("--add", default="")
     parser.add_argument("--out", default="benchmarks/results/fp8_loss.json")
     parser.add_argument("--plot", default="")
     arguments, overrides = parser.parse_known_args()
     if arguments.variant:
         return train(arguments, overrides)
-    runs, started = {}, {}
+    runs = json.loads(Path(arguments.add).read_text())["runs"] if arguments.add else {}
+    started, failed = {}, []
     with tempfile.TemporaryDirectory() as folder:
         for name in arguments.variants.split(","):
             out = Path(folder) / f"{name}.json"
@@ -148,7 +151,8 @@ def main() -> None:
         for name, (process, out) in started.items():
             if process.wait() == 0:
                 runs[name] = json.loads(out.read_text())
-    failed = sorted(set(started) - set(runs))
+            else:
+                failed.append(name)
     content = {"config": arguments.config, "overrides": overrides, "summary": compare(runs), "runs": runs}
     Path(arguments.out).write_text(json.dumps(content) + "\n")
     print(json.dumps(content["summary"], indent=1))
