@@ -45,7 +45,7 @@ def add_generator_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load_model(arguments: argparse.Namespace):
-    """(config, variables, tokenizer, dtype) of the arguments; one line on stderr and exit code 2 if not."""
+    """(`folders.Loaded`, dtype) of the arguments."""
     import jax
     import jax.numpy as jnp
 
@@ -53,8 +53,7 @@ def load_model(arguments: argparse.Namespace):
 
     name = arguments.dtype or ("fp32" if jax.default_backend() == "cpu" else "bf16")
     dtype = {"fp32": jnp.float32, "bf16": jnp.bfloat16}[name]
-    loaded = folders.load(arguments.checkpoint, tokenizer=arguments.tokenizer, dtype=dtype)
-    return *loaded, dtype
+    return folders.load(arguments.checkpoint, tokenizer=arguments.tokenizer, dtype=dtype), dtype
 
 
 def drafts(arguments: argparse.Namespace, config) -> int:
@@ -113,16 +112,17 @@ def run(arguments: argparse.Namespace) -> int:
             stop_strings=tuple(arguments.stop),
         )
         prompt = arguments.prompt if arguments.prompt_file is None else _read(arguments.prompt_file)
-        config, variables, tokenizer, dtype = load_model(arguments)
+        loaded, dtype = load_model(arguments)
         generator = Generator(
-            config,
-            variables,
-            tokenizer,
+            loaded.config,
+            loaded.variables,
+            loaded.tokenizer,
             dtype=dtype,
             cache_dtype=arguments.cache_dtype,
-            speculate=drafts(arguments, config),
+            speculate=drafts(arguments, loaded.config),
+            prefix=loaded.prefix,
         )
-        del variables  # The generator has its own copy.
+        del loaded  # The generator has its own copy of the weights.
         for piece in generator.stream(prompt, params):
             sys.stdout.write(piece.text)
             sys.stdout.flush()

@@ -184,6 +184,7 @@ class Generator:
       chunk: tokens of a prompt read at once.
       page_size: entries of a cache page; 0 keeps each sequence in one piece.
       eos_id: the end-of-text token when there is no tokenizer; -1: none.
+      prefix: tokens before every prompt that is text.
 
     Raises:
       RequestError: the tokenizer or the drafts do not fit the model.
@@ -201,6 +202,7 @@ class Generator:
         chunk: int = 512,
         page_size: int = 0,
         eos_id: int = -1,
+        prefix: Sequence[int] = (),
     ):
         check_drafts(config, speculate)
         if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
@@ -211,7 +213,7 @@ class Generator:
         matching = {jnp.dtype(d): name for name, d in DTYPES.items()}[jnp.dtype(dtype)]
         self.config, self.tokenizer = config, tokenizer
         self.cache_dtype, self.drafts, self.chunk = cache_dtype or matching, speculate, chunk
-        self.page_size = page_size
+        self.page_size, self.prefix = page_size, tuple(prefix)
         self.eos_id = eos_id if tokenizer is None else tokenizer.eos_id
         self.weights = jax.jit(prepare, static_argnums=(1, 2))(variables, config, jnp.dtype(dtype))
         self.statistics = Statistics(accepted=[0] * speculate)
@@ -222,7 +224,9 @@ class Generator:
             return check_prompt(prompt, self.config)
         if self.tokenizer is None:
             raise RequestError("the prompt is text, and this generator has no tokenizer: give token ids")
-        return check_prompt(self.tokenizer.encode(prompt) if prompt else [self.eos_id], self.config)
+        if not prompt:
+            return check_prompt(self.prefix or [self.eos_id], self.config)
+        return check_prompt([*self.prefix, *self.tokenizer.encode(prompt)], self.config)
 
     def generate(
         self,
