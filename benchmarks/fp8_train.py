@@ -42,12 +42,13 @@ GIB = 2.0**30
 
 def by_kind(found: list[tuple[str, float]]) -> dict[str, dict[str, float]]:
     """Milliseconds and launches of the kernels of a step, by name without its numbers, the longest first."""
-    total, count = collections.Counter(), collections.Counter()
+    total, count = collections.defaultdict(float), collections.Counter()
     for name, seconds in found:
         kind = re.sub(r"[_.]?\d+", "", name)[:60]
         total[kind] += 1e3 * seconds
         count[kind] += 1
-    return {kind: {"ms": round(ms, 2), "launches": count[kind]} for kind, ms in total.most_common(40)}
+    longest = sorted(total.items(), key=lambda item: -item[1])
+    return {kind: {"ms": round(ms, 2), "launches": count[kind]} for kind, ms in longest[:40]}
 
 
 def run(config, steps: int) -> dict:

@@ -5,7 +5,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +84,7 @@ def ffn(
 
 
 def _on_each_device(
-    function: Callable[..., Array], x: Float[Array, "*batch d"], *weights: Array
+    function: Callable[..., Any], x: Float[Array, "*batch d"], *weights: Array
 ) -> Float[Array, "*batch out"]:
     """`function(rows of x, *weights)`, under a mesh on each device's own part of the batch.
 

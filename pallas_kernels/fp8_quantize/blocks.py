@@ -139,4 +139,4 @@ def _write(values, rows, lane, warp):
                 i16, [low, high], f"cvt.rn.satfinite.{name}x2.f32 $0, $2, $1;", "=h,f,f", asm_dialect=0
             )
             at = arith.addi(own, int32(i * TILE + half * HALF))
-            llvm.store(pair, address(mgpu.utils.memref_ptr(values), at), alignment=2)
+            llvm.store(pair, address(mgpu.utils.memref_ptr(values), at), alignment=2)  # pyright: ignore[reportArgumentType]
