@@ -4,7 +4,6 @@ Float32 on both sides: products of a few dozen terms, three layers deep, differ 
 bounds are those promised: 2e-5 for logits and 1e-4 for gradients, relative to the largest entry.
 """
 
-import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ from dsv3_jax.convert import hf_config
 from dsv3_jax.pretrained import forward, load_pretrained
 from tests.convert.generated import CONFIGS, plain
 from tests.model.translate import to_oracle
-from tests.oracles.from_transformers import model_like, model_params, state_of
+from tests.oracles.from_transformers import model_like, model_params
 from tests.oracles.tree import Tree
 
 torch = pytest.importorskip("torch")
