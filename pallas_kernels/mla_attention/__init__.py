@@ -34,7 +34,7 @@ def _preference(q, k):
     plain = ("reference",) if scores <= _FEW_SCORES else ("chunked",)
     ours = ("mosaic_gpu",) if implementations.on_one_device() else ()
     # On CPU autodiff through the softmax takes longer than their backward passes, at any length.
-    return {"cpu": ("strips", "chunked"), "gpu": ("cudnn", *ours, *plain), "tpu": plain}
+    return {"cpu": ("strips", "chunked"), "gpu": (*ours, "cudnn", *plain), "tpu": plain}
 
 
 def mla_attention(

@@ -185,14 +185,17 @@ def test_lowers_under_shard_map():
 
 
 @lowers
-@pytest.mark.parametrize("devices, chosen", [(1, "mosaic_gpu"), (8, "chunked")])
-def test_auto_takes_it_for_packed_rows_on_one_device(devices, chosen, monkeypatch):
-    """cuDNN takes no segment ids. On several devices the compiler would give our kernel the whole batch."""
+@pytest.mark.parametrize(
+    "devices, documents, chosen",
+    [(1, 2, "mosaic_gpu"), (8, 2, "chunked"), (1, 0, "mosaic_gpu"), (8, 0, "cudnn")],
+)
+def test_auto_takes_it_on_one_device(devices, documents, chosen, monkeypatch):
+    """On several devices the compiler would give our kernel the whole batch; cuDNN takes no segment ids."""
     taken = []
     monkeypatch.setattr(implementations, "on_one_device", lambda: devices == 1)
     monkeypatch.setattr(cudnn, "_missing", lambda: None)
     monkeypatch.setattr(implementations, "_announce", lambda op, where, name, why: taken.append(name))
-    f, operands = trace(Shape(1, 8192, 128, documents=2), implementation="auto")
+    f, operands = trace(Shape(1, 8192, 128, documents=documents), implementation="auto")
     with target_platform("gpu"):
         jax.eval_shape(f, *operands)
     assert taken == [chosen]
@@ -222,6 +225,10 @@ def test_not_on_cpu():
 def run(operands, options, d_out, implementation):
     def f(q, k, v, k_rope):
         more = {name: x for name, x in options.items() if name != "k_rope"}
+        if implementation == "chunked" and k_rope is not None:
+            # As for cuDNN: a copy for every head, and so its gradient rounded to bf16 head by head, as ours.
+            shared = jnp.broadcast_to(k_rope[:, :, None], (*k.shape[:3], k_rope.shape[-1]))
+            k, k_rope = jnp.concatenate([k, shared], -1), None
         return mla_attention(q, k, v, k_rope=k_rope, **more, return_lse=True, implementation=implementation)
 
     @jax.jit
