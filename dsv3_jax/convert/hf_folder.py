@@ -202,7 +202,7 @@ class HFFolder:
         )
         wanted = mapping.tensors(config, self.layout)
         self.tensors: dict[str, Tensor] = {}
-        scales = {}
+        scales: set[str] = set()
         for name, tensor in wanted.items():
             if name not in self.entries:
                 if 0 not in tensor.shape:  # Matrices of no width may as well be absent.

@@ -295,8 +295,8 @@ class NativeFolder:
         self.huggingface = content["huggingface"]
         self.config = _model(self.path, content["model"])
         self._files: dict[str, tuple[int, int]] = {name: tuple(v) for name, v in content["files"].items()}
-        known = mapping.leaves(self.config)
-        known |= {leaf.path: leaf for leaf in map(mapping.scale_leaf, known.values())}
+        own = mapping.leaves(self.config)
+        known = own | {leaf.path: leaf for leaf in map(mapping.scale_leaf, own.values())}
         self.dtypes = {tuple(name.split(".")): DTYPES[kind] for name, kind in content["dtypes"].items()}
         self.leaves: dict[LeafPath, Leaf] = {path: known[path] for path in self.dtypes}
         self._rows = {path: _chunk_rows(leaf, self.dtypes[path]) for path, leaf in self.leaves.items()}
