@@ -9,7 +9,7 @@ import pytest
 from test_mla_attention import float64
 
 from pallas_kernels import UnsupportedError, implementations, mla_attention, target_platform
-from pallas_kernels.mla_attention import cudnn, mosaic_gpu
+from pallas_kernels.mla_attention import chunked, cudnn, mosaic_gpu
 from pallas_kernels.mla_attention import mosaic_gpu_call as calls
 from pallas_kernels.mla_attention.shapes import BENCHMARK, CORRECTNESS, Shape
 
@@ -194,6 +194,7 @@ def test_auto_takes_it_on_one_device(devices, documents, chosen, monkeypatch):
     taken = []
     monkeypatch.setattr(implementations, "on_one_device", lambda: devices == 1)
     monkeypatch.setattr(cudnn, "_missing", lambda: None)
+    monkeypatch.setattr(cudnn, "attention", chunked.attention)  # The choice is tested, here without cuDNN.
     monkeypatch.setattr(implementations, "_announce", lambda op, where, name, why: taken.append(name))
     f, operands = trace(Shape(1, 8192, 128, documents=documents), implementation="auto")
     with target_platform("gpu"):
