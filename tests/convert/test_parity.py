@@ -4,7 +4,6 @@ Float32 on both sides: products of a few dozen terms, three layers deep, differ 
 bounds are those promised: 2e-5 for logits and 1e-4 for gradients, relative to the largest entry.
 """
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
