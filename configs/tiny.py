@@ -38,13 +38,15 @@ def get_config():
                 n_groups=4,
                 topk_groups=2,
                 routed_scale=2.0,
-                bias_speed=0.002,
+                # A short run at a high learning rate: a fast bias at first, a fine one at the end.
+                bias_speed=0.02,
+                bias_final_ratio=0.02,
                 sequence_loss=1e-4,
             ),
             mtp=dict(depth=1),
         ),
         data=dict(source="python_stdlib", tokenizer="byte", fim_rate=0.0),
-        optimizer=dict(peak_lr=4e-3, schedule="cosine", warmup_steps=50),
+        optimizer=dict(peak_lr=3e-3, schedule="cosine", warmup_steps=50),
         train=dict(
             steps=300,
             seq_len=256,
