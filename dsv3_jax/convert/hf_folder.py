@@ -219,6 +219,7 @@ class HFFolder:
                 self._problems.append(f"{name}: {kind}, expected one of {', '.join(FLOATS)}")
             elif kind == "F8_E4M3":
                 scales |= self._check_scale(name, entry)
+        self._check_halves()
         self._problems += [
             f"{name}: {list(self.entries[name][1].shape)} is no part of this model"
             for name in names
@@ -231,6 +232,16 @@ class HFFolder:
             self._problems.append("config.json: quantization_config says fp8, but no tensor is: remove it")
         if scales and not imported.fp8:
             self._problems.append("config.json: tensors are E4M3, but there is no quantization_config")
+
+    def _check_halves(self) -> None:
+        """No release mixes the two 16-bit kinds: a few of the one among the other are mislabelled."""
+        of_kind: dict[str, list[str]] = {"F16": [], "BF16": []}
+        for name in self.tensors:
+            of_kind.get(safetensors.NAMES[self.entries[name][1].dtype], []).append(name)
+        few, many = sorted(of_kind, key=lambda kind: len(of_kind[kind]))
+        self._problems += [
+            f"{name}: {few}, where {len(of_kind[many])} others are {many}" for name in of_kind[few]
+        ]
 
     def _check_scale(self, name: str, entry: safetensors.Entry) -> set[str]:
         if len(entry.shape) != 2:
