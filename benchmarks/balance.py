@@ -1,6 +1,6 @@
 """Does the router bias balance a collapsed router? MaxVio of `configs/tiny.py` with the bias on and off.
 
-    PYTHONPATH=. python benchmarks/balance.py [--speeds 0.002 0] [--steps 400]
+    PYTHONPATH=. python benchmarks/balance.py [--speeds 0.02 0] [--steps 300]
 
 The run starts skewed on purpose: every token's embedding shares a direction, and two of the experts of
 each layer point along it, so that they win nearly all tokens. MaxVio (arXiv 2408.15664, eq 4) is global:
@@ -80,8 +80,8 @@ def run(speed, steps, every, overrides):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--speeds", type=float, nargs="+", default=[0.002, 0.0])
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--speeds", type=float, nargs="+", default=[0.02, 0.0])
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--every", type=int, default=100)
     parser.add_argument("overrides", nargs="*", help="FIELD=VALUE")
     arguments = parser.parse_args()
