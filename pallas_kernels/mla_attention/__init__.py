@@ -12,7 +12,7 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import implementations
-from pallas_kernels.mla_attention import chunked, cudnn, mosaic_gpu, reference, strips
+from pallas_kernels.mla_attention import chunked, cudnn, mosaic_gpu, mosaic_tpu, reference, strips
 
 # Each module offers `attention(q, k, v, k_rope, q_segments, kv_segments, *, scale, causal)` that
 # returns (output, log-sum-exp) and is differentiable, and `unsupported(q, k, v, k_rope, ...)`.
@@ -22,6 +22,7 @@ _MODULES = {
     "chunked": chunked,
     "cudnn": cudnn,
     "mosaic_gpu": mosaic_gpu,
+    "mosaic_tpu": mosaic_tpu,
 }
 IMPLEMENTATIONS = tuple(_MODULES)
 
@@ -32,9 +33,11 @@ _FEW_SCORES = 2**26
 def _preference(q, k):
     scores = math.prod(q.shape[:3]) * k.shape[1]
     plain = ("reference",) if scores <= _FEW_SCORES else ("chunked",)
-    ours = ("mosaic_gpu",) if implementations.on_one_device() else ()
+    alone = implementations.on_one_device()
+    gpu = ("mosaic_gpu", "cudnn") if alone else ("cudnn",)
+    tpu = ("mosaic_tpu",) if alone else ()
     # On CPU autodiff through the softmax takes longer than their backward passes, at any length.
-    return {"cpu": ("strips", "chunked"), "gpu": (*ours, "cudnn", *plain), "tpu": plain}
+    return {"cpu": ("strips", "chunked"), "gpu": (*gpu, *plain), "tpu": (*tpu, *plain)}
 
 
 def mla_attention(
@@ -65,8 +68,8 @@ def mla_attention(
       return_lse: also return the float32 log-sum-exp of the scaled, masked logits.
       implementation: `"auto"`, or one by name: `"reference"` (every score at once), `"strips"`
         (plain JAX, unrolled, up to 1024 positions), `"chunked"` (plain JAX, memory linear in the length),
-        `"cudnn"` (GPU; no segment ids, no gradient through the log-sum-exp) or `"mosaic_gpu"` (Hopper,
-        bf16; our kernel).
+        `"cudnn"` (GPU; no segment ids, no gradient through the log-sum-exp), `"mosaic_gpu"` (Hopper, bf16;
+        our kernels) or `"mosaic_tpu"` (TPU; JAX's kernels, no gradient through the log-sum-exp).
 
     Returns:
       The output in the dtype of q; a query that sees no key gets 0 and log-sum-exp -inf. Both carry names for

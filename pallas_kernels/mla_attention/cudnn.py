@@ -60,7 +60,7 @@ def attention(q, k, v, k_rope, q_segments, kv_segments, *, scale, causal):
         shared = jnp.broadcast_to(k_rope[:, :, None], (*k.shape[:3], k_rope.shape[-1]))
         k = jnp.concatenate([k, shared], -1)
     out, lse = _attention(q, k, v, scale, causal)
-    return out, _without_gradient(lse)
+    return out, without_gradient(lse, None, "cudnn")
 
 
 def _options(causal):
@@ -99,19 +99,29 @@ def _backward(scale, causal, saved, cotangents):
 _attention.defvjp(_forward, _backward)
 
 
-@jax.custom_vjp
-def _without_gradient(lse):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def without_gradient(lse, source, implementation):
+    """The log-sum-exp of an implementation that does not differentiate it: asking for its gradient raises.
+
+    `source` is what it was computed from, whose gradient it would be; None where `lse` itself depends on it.
+    """
+    del source, implementation
     return lse
 
 
-def _without_gradient_backward(_, d_lse):
+def _without_gradient_forward(lse, source, implementation):
+    del source, implementation
+    return lse.value, None
+
+
+def _without_gradient_backward(implementation, _, d_lse):
     if isinstance(d_lse, jax.custom_derivatives.SymbolicZero):
-        return (d_lse,)
-    # JAX's cuDNN binding drops this cotangent: a wrong gradient if it went unnoticed.
+        return d_lse, None
+    # JAX's bindings drop this cotangent: a wrong gradient if it went unnoticed.
     raise implementations.UnsupportedError(
-        "mla_attention: implementation='cudnn' has no gradient through the log-sum-exp; "
+        f"mla_attention: implementation={implementation!r} has no gradient through the log-sum-exp; "
         "use 'chunked', or jax.lax.stop_gradient(lse)"
     )
 
 
-_without_gradient.defvjp(lambda lse: (lse.value, None), _without_gradient_backward, symbolic_zeros=True)
+without_gradient.defvjp(_without_gradient_forward, _without_gradient_backward, symbolic_zeros=True)
