@@ -168,7 +168,7 @@ class FP8Config:
     gradient_dtype: str = "e4m3"  # Of output gradients; or "e5m2", as per-tensor recipes have it.
     power_of_two: bool = True  # Scales of what goes to experts and of the attention output.
     swiglu_input: str = "fp8"  # How it is kept for the backward pass; or "bf16".
-    implementation: str = "auto"  # Of `pallas_kernels.fp8_matmul` and its kin.
+    implementation: str = "auto"  # Of the FP8 products and quantisation in `pallas_kernels`.
 
 
 @dataclass(frozen=True)

@@ -228,7 +228,7 @@ def _check_choices(report: _Report) -> None:
     kernels = {
         "model.attention.implementation": pallas_kernels.mla_attention,
         "model.moe.implementation": pallas_kernels.grouped_matmul,
-        "fp8.implementation": pallas_kernels.fp8_matmul,
+        "fp8.implementation": pallas_kernels.quantize_rows,
     }
     choices = _CHOICES | {path: ("auto", *implementations_of(op)) for path, op in kernels.items()}
     for path, allowed in choices.items():

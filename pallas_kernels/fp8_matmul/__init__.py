@@ -15,13 +15,17 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import implementations
 from pallas_kernels.fp8_grouped_matmul import unpromoted
-from pallas_kernels.fp8_matmul import mosaic_gpu, reference
+from pallas_kernels.fp8_matmul import bf16, mosaic_gpu, mosaic_tpu, reference
 from pallas_kernels.fp8_quantize import TILE, Quantized
 from pallas_kernels.grouped_matmul import varying
 
-_MODULES = {"reference": reference, "mosaic_gpu": mosaic_gpu}
+_MODULES = {"reference": reference, "mosaic_gpu": mosaic_gpu, "mosaic_tpu": mosaic_tpu, "bf16": bf16}
 IMPLEMENTATIONS = tuple(_MODULES)
-_PREFERENCE = {"cpu": ("reference",), "gpu": ("mosaic_gpu", "reference"), "tpu": ("reference",)}
+_PREFERENCE = {
+    "cpu": ("reference",),
+    "gpu": ("mosaic_gpu", "reference"),
+    "tpu": ("mosaic_tpu", "bf16"),
+}
 
 
 def fp8_matmul(
@@ -46,8 +50,8 @@ def fp8_matmul(
       accumulate: added to the product in float32, before it is rounded to `out_dtype`.
       promote: False leaves the whole sum to the tensor cores, to see what that costs; the scales must then be
         the same all along k. The reference sums in float32 either way.
-      implementation: `"auto"`, `"mosaic_gpu"` (Hopper) or `"reference"` (dequantises, then multiplies in
-        float32).
+      implementation: `"auto"`, `"mosaic_gpu"` (Hopper), `"mosaic_tpu"` (block scales; TPU7x multiplies FP8,
+        older chips bfloat16), `"bf16"` (dequantises to bfloat16) or `"reference"` (to float32).
 
     Raises:
       ValueError: shapes or dtypes do not fit, or `implementation` does not exist.

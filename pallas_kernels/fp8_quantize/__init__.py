@@ -33,6 +33,7 @@ __all__ = [
 ]
 
 _MODULES = {"reference": reference, "mosaic_gpu": mosaic_gpu}
+IMPLEMENTATIONS = tuple(_MODULES)
 _PREFERENCE = {"cpu": ("reference",), "gpu": ("mosaic_gpu", "reference"), "tpu": ("reference",)}
 DTYPES = (jnp.float8_e4m3fn, jnp.float8_e5m2)
 
