@@ -208,16 +208,27 @@ def write(source: Source, path: Path, output: Output, progress: native.Progress 
     try:
         done = _resume(folder, {file: start.hex() for file, (start, _) in headers.items()}, sizes)
         finished = sum(sizes[file] for file in done)
-        with concurrent.futures.ThreadPoolExecutor(native.WORKERS) as pool:
+        with (
+            concurrent.futures.ThreadPoolExecutor(native.WORKERS) as pool,
+            concurrent.futures.ThreadPoolExecutor(1) as settler,
+        ):
+            settling = []
             for file, tensors in output.files.items():
                 if file in done:
                     continue
-                for count in _write_file(pool, source, folder / file, tensors, *headers[file]):
-                    finished += count
-                    if progress:
-                        progress(finished, total)
-                with (folder / native.JOURNAL).open("a", encoding="utf-8") as journal:
-                    journal.write(file + "\n")
+                descriptor = os.open(folder / file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+                try:
+                    for count in _write_file(pool, source, descriptor, tensors, *headers[file]):
+                        finished += count
+                        if progress:
+                            progress(finished, total)
+                except BaseException:
+                    os.close(descriptor)
+                    raise
+                # The disk finishes a file while the next one is written.
+                settling.append(settler.submit(_settle, descriptor, folder / native.JOURNAL, file))
+            for job in settling:
+                job.result()
         _finish(folder, output)
         os.sync()  # The data before the name.
         folder.rename(path)
@@ -245,30 +256,41 @@ def _resume(folder: Path, identity: dict[str, str], sizes: dict[str, int]) -> li
     return []
 
 
+def _settle(descriptor: int, journal: Path, file: str) -> None:
+    """Closes a file when it is on the disk, and notes that it is whole."""
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    with journal.open("a", encoding="utf-8") as out:
+        out.write(file + "\n")
+
+
 def _write_file(
-    pool, source: Source, path: Path, tensors: dict[str, Planned], start: bytes, entries
+    pool, source: Source, file: int, tensors: dict[str, Planned], start: bytes, entries
 ) -> Iterator[int]:
     """Writes a file, its tensors at the same time; yields the bytes written as they are."""
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    safetensors.write_at(file, start, 0)
+    # One job reads what lies together, as gate and up do in our folder.
+    groups: dict[tuple, list[tuple]] = {}
+    for name, planned in tensors.items():
+        if name.endswith(SCALE) and tensors.get(name.removesuffix(SCALE), planned).quantise:
+            continue  # Written with its tensor.
+        together = groups.setdefault((planned.tensor.leaf, planned.tensor.index), [])
+        together.append((planned, entries[name], entries.get(name + SCALE)))
+    jobs = [pool.submit(_write_group, source, file, group) for group in groups.values()]
     try:
-        safetensors.write_at(file, start, 0)
-        jobs = []
-        for name, planned in tensors.items():
-            if name.endswith(SCALE) and tensors.get(name.removesuffix(SCALE), planned).quantise:
-                continue  # Written with its tensor.
-            scales = entries.get(name + SCALE)
-            jobs.append(pool.submit(_write_tensor, source, file, planned, entries[name], scales))
-        try:
-            for job in concurrent.futures.as_completed(jobs):
-                yield job.result()
-        except BaseException:
-            for job in jobs:
-                job.cancel()
-            concurrent.futures.wait(jobs)
-            raise
-        os.fsync(file)
-    finally:
-        os.close(file)
+        for job in concurrent.futures.as_completed(jobs):
+            yield job.result()
+    except BaseException:
+        for job in jobs:
+            job.cancel()
+        concurrent.futures.wait(jobs)
+        raise
+
+
+def _write_group(source: Source, file: int, group: list[tuple]) -> int:
+    return sum(_write_tensor(source, file, *item) for item in group)
 
 
 def _write_tensor(source: Source, file: int, planned: Planned, entry: safetensors.Entry, scales) -> int:
