@@ -5,6 +5,7 @@ A kernel that a compiler or driver makes wrong on this GPU would otherwise show 
 """
 
 import os
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +80,8 @@ def _attention(heads, d_nope, d_rope, d_v, implementation):
             return mla_attention(q, k, v, k_rope=rope, return_lse=True, implementation=name)
 
         def run(d_out, *operands):
-            out, pullback, lse = jax.vjp(f, *operands, has_aux=True)
+            vjp: Any = jax.vjp  # Its types do not know `has_aux` beside several operands.
+            out, pullback, lse = vjp(f, *operands, has_aux=True)
             return out, lse, *pullback(d_out)
 
         return jax.jit(run)

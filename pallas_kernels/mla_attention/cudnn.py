@@ -5,6 +5,7 @@ the function beneath it, private to JAX, accepts them. The shared RoPE key is co
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +60,8 @@ def attention(q, k, v, k_rope, q_segments, kv_segments, *, scale, causal):
     if k_rope is not None:
         shared = jnp.broadcast_to(k_rope[:, :, None], (*k.shape[:3], k_rope.shape[-1]))
         k = jnp.concatenate([k, shared], -1)
-    out, lse = _attention(q, k, v, scale, causal)
+    results: Any = _attention(q, k, v, scale, causal)
+    out, lse = results
     return out, without_gradient(lse, None, "cudnn")
 
 
@@ -83,9 +85,8 @@ def _forward(q, k, v, scale, causal):
 
     absent = [jnp.zeros(0, q.dtype)] * 7  # bias, lengths, offsets, page tables
     version = fused.check_cudnn_version()
-    results, saved = fused._dot_product_attention_fwd_rule(
-        q, k, v, *absent, scale, *_options(causal), version, True
-    )
+    rule: Any = fused._dot_product_attention_fwd_rule
+    results, saved = rule(q, k, v, *absent, scale, *_options(causal), version, True)
     out, lse = checkpoint_name(results[0], "attention_out"), checkpoint_name(results[1], "attention_lse")
     return (out, lse), (*saved[:-2], lse, out)
 
