@@ -42,7 +42,8 @@ def check(config) -> dict[str, float]:
             attention=dataclasses.replace(model.attention, implementation=name),
             moe=dataclasses.replace(model.moe, n_dense_layers=1, n_experts=8, top_k=2, implementation=name),
         )
-        small = dataclasses.replace(config, model=model)
+        fp8 = dataclasses.replace(config.fp8, implementation=name)
+        small = dataclasses.replace(config, model=model, fp8=fp8)
         tokens = np.random.default_rng(0).integers(0, model.vocab_size, (1, 1, 513)).astype(np.int32)
         batch = {
             "tokens": tokens[..., :-1],

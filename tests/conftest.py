@@ -27,5 +27,5 @@ def pytest_configure(config):
     settings.load_profile("compiles")
     # Every array signature is checked, shapes and dtypes, whenever a test calls or traces it.
     arrays = ["losses", "step", "state", "optimizer", "ema", "throughput"]
-    packages = ["dsv3_jax.model", "dsv3_jax.parallel", "pallas_kernels"]
+    packages = ["dsv3_jax.model", "dsv3_jax.parallel", "dsv3_jax.precision", "pallas_kernels"]
     install_import_hook([*packages, *(f"dsv3_jax.training.{name}" for name in arrays)], "beartype.beartype")

@@ -192,24 +192,15 @@ def first_state():
 
 
 def test_a_training_step():
-    """FP8 stays near float32 and is not it, also recomputed and on a mesh."""
+    """FP8 stays near float32 and is not it, with layers recomputed and the batch and experts over a mesh."""
     exact, _ = step(config("fp32"))
-    found = {
-        "alone": step(config("fp8")),
-        "on a mesh, recomputed": step(config("fp8", "v3", MeshConfig(data=2, expert=2))),
-    }
-    for name, (metrics, state) in found.items():
-        assert bool(metrics.finite), name
-        assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state.params))
-        loss, norm = float(metrics.losses.loss), float(metrics.grad_norm)
-        # FP8 rounds every operand by 3 in 100: the loss of random weights moves far less than the gradients.
-        assert 0 < abs(loss / exact.losses.loss - 1) < 5e-3, name
-        assert 0 < abs(norm / exact.grad_norm - 1) < 5e-2, name
-    # The same FP8 numbers, made once or twice: what is left is bf16 rounding of sums in another order.
-    first = found["alone"][0]
-    for name, (metrics, _) in found.items():
-        np.testing.assert_allclose(metrics.losses.loss, first.losses.loss, rtol=1e-3, err_msg=name)
-        np.testing.assert_allclose(metrics.grad_norm, first.grad_norm, rtol=2e-2, err_msg=name)
+    metrics, state = step(config("fp8", "v3", MeshConfig(data=2, expert=2)))
+    assert bool(metrics.finite)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state.params))
+    # FP8 rounds every operand by 3 in 100; the loss of random weights moves far less than the gradients. A
+    # gradient that a device did not sum, or summed twice, would be wrong by a factor.
+    assert 0 < abs(metrics.losses.loss / exact.losses.loss - 1) < 5e-3
+    assert 0 < abs(metrics.grad_norm / exact.grad_norm - 1) < 5e-2
 
 
 def test_the_recipe_is_asked_for_by_name():
