@@ -116,6 +116,12 @@ def test_config_json_and_back(name):
     assert back.config.max_seq_len == config.max_seq_len
 
 
+def test_kimi_k2_is_the_class_of_v3():
+    config = preset("kimi_k2").model
+    tree = hf_config.to_hf(config) | {"model_type": "kimi_k2", "architectures": ["DeepseekV3ForCausalLM"]}
+    assert hf_config.from_hf(tree).config == hf_config.from_hf(tree | {"model_type": "deepseek_v3"}).config
+
+
 def test_inspect_prints(capsys):
     assert main(["inspect", "--config", str(CONFIGS / "v3_671b.py")]) == 0
     out = capsys.readouterr().out
