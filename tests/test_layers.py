@@ -11,7 +11,7 @@ RANKS = [
     {"config", "config_checks", "compilation_cache"},
     {"precision", "parallel.mesh"},
     {"model"},
-    {"parallel"},
+    {"parallel", "pipeline"},
     {"data", "checkpoint"},
     {"convert"},
     {"inspection", "pretrained", "scaling"},

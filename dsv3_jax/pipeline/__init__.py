@@ -1,0 +1,22 @@
+"""Pipeline parallelism: schedules as tables, proven, simulated and drawn."""
+
+from dsv3_jax.pipeline.schedules import NAMES, Cell, Op, Schedule, ScheduleError, build, stage_sizes
+from dsv3_jax.pipeline.simulator import Durations, Timeline, simulate
+from dsv3_jax.pipeline.table import Send, Table, Value, place
+
+__all__ = [
+    "NAMES",
+    "Cell",
+    "Durations",
+    "Op",
+    "Schedule",
+    "ScheduleError",
+    "Send",
+    "Table",
+    "Timeline",
+    "Value",
+    "build",
+    "place",
+    "simulate",
+    "stage_sizes",
+]

@@ -1,0 +1,163 @@
+"""The simulator beside the published formulas, exactly, and beside its own definition."""
+
+from fractions import Fraction
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dsv3_jax.pipeline import Durations, ScheduleError, build, simulate
+from dsv3_jax.pipeline.simulator import parameters, peak_activations
+from tests.pipeline.test_schedules import schedules
+
+third = Fraction(1, 3)
+# All have forward = backward for the input >= weight, where the formulas of all schedules are exact.
+EXACT = {
+    "equal": Durations(1, 2, 1),
+    "light weights": Durations(4, 7, 3, 9),
+    "full overlap": Durations(third, 2 * third, third, 2 * third),
+}
+LENGTHS = range(2, 17)
+SHARES = range(1, 9)
+
+
+def published(name, pp, d):
+    """DeepSeek-V3 table 2: (bubble, stages of parameters a rank, activations)."""
+    f, b, w, fb = d.forward, d.backward, d.weight, d.both
+    return {
+        "1f1b": ((pp - 1) * (f + b), 1, pp),
+        "zb1p": ((pp - 1) * (f + b - 2 * w), 1, pp),
+        "dualpipe": ((Fraction(pp, 2) - 1) * (fb + b - 3 * w), 2, pp + 1),
+        "dualpipev": ((Fraction(pp, 2) - 1) * (fb + b - 3 * w), 2, pp + 1),
+    }[name]
+
+
+@pytest.mark.parametrize("d", EXACT.values(), ids=EXACT)
+@pytest.mark.parametrize("name", ["1f1b", "zb1p", "dualpipe", "dualpipev"])
+def test_table_2_of_the_paper(name, d):
+    done = 0
+    for pp in LENGTHS:
+        if name.startswith("dual") and pp % 2:
+            continue
+        for share in SHARES:
+            if name == "dualpipe" and share == 1:  # Two micro-batches a rank at least; tested to be refused.
+                continue
+            done += 1
+            schedule = build(name, pp // 2 if name == "dualpipev" else pp, share * pp)
+            bubble, held, activations = published(name, pp, d)
+            timeline = simulate(schedule, d)
+            assert timeline.bubble == bubble, (pp, share)
+            assert set(parameters(schedule)) == {held}, (pp, share)
+            assert max(peak_activations(schedule)) == activations, (pp, share)
+            if d.overlapped is None:
+                # Every rank then works equally long, so each idles exactly that much.
+                assert set(timeline.idle) == {bubble}, (pp, share)
+    assert done >= 56
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 6), st.integers(1, 4), st.integers(2, 4), st.integers(1, 9), st.integers(2, 9))
+def test_formulas_that_hold_for_any_durations(ranks, groups, chunks, forward, backward):
+    d = Durations(forward, backward, 1)
+    for name in ("gpipe", "1f1b", "interleaved"):
+        schedule = build(name, ranks, groups * ranks, chunks=chunks)
+        assert set(simulate(schedule, d).idle) == {(ranks - 1) * (forward + backward)}
+    # Megatron-LM, section 2.2: `chunks` times as many stages take 1/chunks each, and so does the bubble.
+    schedule = build("interleaved", ranks, groups * ranks, chunks=chunks)
+    part = simulate(schedule, d.scaled(Fraction(1, chunks)))
+    assert part.bubble * chunks == (ranks - 1) * (forward + backward)
+    # Its memory, same section: p (1 + (p - 1) / (p chunks)) activations of a rank; of ours `chunks` times as many.
+    if groups > 1:
+        assert max(peak_activations(schedule)) == ranks * chunks + ranks - 1
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    schedules(),
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.integers(0, 3),
+    st.data(),
+)
+def test_every_cell_starts_as_soon_as_it_can(schedule, forward, for_input, weight, send, data):
+    backward = for_input + weight
+    overlapped = data.draw(st.integers(max(forward, backward), forward + backward))
+    sizes = data.draw(
+        st.none() | st.lists(st.integers(1, 3), min_size=schedule.n_stages, max_size=schedule.n_stages)
+    )
+    d = Durations(forward, backward, weight, overlapped, send)
+    timeline = simulate(schedule, d, sizes)
+    end = {}
+    for rank, (cells, spans) in enumerate(zip(schedule.cells, timeline.spans, strict=True)):
+        for cell, (_, stop) in zip(cells, spans, strict=True):
+            end |= {(op.kind, op.stage, op.microbatch): (stop, rank) for op in cell}
+    alone = {"F": forward, "B": backward, "I": for_input, "W": weight}
+    for rank, (cells, spans) in enumerate(zip(schedule.cells, timeline.spans, strict=True)):
+        before = 0
+        for cell, (start, stop) in zip(cells, spans, strict=True):
+            limits = [before]
+            for kind, stage, m in cell:
+                needs = {
+                    "F": [("F", stage - 1, m)],
+                    "W": [("I", stage, m)],
+                }.get(kind, [("F", stage, m), ("B", stage + 1, m), ("I", stage + 1, m)])
+                limits += [end[k][0] + (send if end[k][1] != rank else 0) for k in needs if k in end]
+            # Not before its operands, and as no rank waits without a reason, at the last of them.
+            assert start == max(limits)
+            size = [1 if sizes is None else sizes[op.stage] for op in cell]
+            work = sum(alone[op.kind] * part for op, part in zip(cell, size, strict=True))
+            gain = (forward + backward - overlapped) * min(size) if len(cell) == 2 else 0
+            assert stop - start == work - gain
+            before = stop
+    assert timeline.makespan == max(stop for stop, _ in end.values())
+    assert 0 <= timeline.bubble_fraction < 1
+
+
+def test_peak_activations_by_hand():
+    # 1F1B on 3 ranks: 3, 2, 1. A GPipe holds everything. ZB1P holds as much on each rank as on the first.
+    assert peak_activations(build("1f1b", 3, 6)) == (3, 2, 1)
+    assert peak_activations(build("gpipe", 3, 6)) == (6, 6, 6)
+    assert peak_activations(build("zb1p", 3, 6)) == (3, 3, 3)
+    assert set(peak_activations(build("dualpipe", 8, 20))) == {9}
+
+
+def test_dualpipe_outside_the_formula():
+    # Backward for the input longer than forward: the bubble is below the published (PP/2-1)(F&B + B - 3W).
+    schedule, d = build("dualpipe", 4, 8), Durations(10, 20, 9, 25)
+    assert published("dualpipe", 4, d)[0] == 18 and simulate(schedule, d).bubble == 17
+    # Shorter than forward: above it.
+    d = Durations(3, 3, 1, 5)
+    assert published("dualpipe", 4, d)[0] == 5 and simulate(schedule, d).bubble == 6
+
+
+def test_an_overlap_of_unlike_stages_hides_what_the_shorter_can():
+    # Two ranks, stage 1 three times stage 0; F&B of both saves (1 + 2 - 2) * 1.
+    timeline = simulate(build("dualpipe", 2, 4), Durations(1, 2, 1, 2), sizes=(1, 3))
+    overlapped = [
+        stop - start
+        for cells, spans in zip(timeline.schedule.cells, timeline.spans, strict=True)
+        for cell, (start, stop) in zip(cells, spans, strict=True)
+        if len(cell) == 2
+    ]
+    assert overlapped == [3 * 1 + 1 * 2 - 1, 3 * 1 + 1 * 2 - 1] and timeline.makespan > 0
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (dict(forward=0), "must be above 0"),
+        (dict(weight=2), "weight = 2, backward = 2.*make it longer"),
+        (dict(overlapped=1), "overlapped = 1.*2 to 3"),
+        (dict(overlapped=4), "overlapped = 4.*2 to 3"),
+        (dict(send=-1), "send at least 0"),
+    ],
+)
+def test_impossible_durations_are_refused(fields, message):
+    with pytest.raises(ScheduleError, match=message):
+        Durations(**fields)
+
+
+def test_sizes_for_each_stage():
+    with pytest.raises(ScheduleError, match="sizes has 2 numbers; 1f1b has 3 stages"):
+        simulate(build("1f1b", 3, 3), Durations(), sizes=(1, 1))
