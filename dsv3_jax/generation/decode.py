@@ -1,6 +1,6 @@
 """One frozen state and one pure step, which the while loop, streaming and continuous batching share."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import jax
@@ -10,8 +10,8 @@ from jaxtyping import Array, Bool, Float, Int
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.generation import forward
 from dsv3_jax.generation.cache import LatentCache
-from dsv3_jax.generation.sampling import Sampler, draw, keys, log_probability
-from dsv3_jax.generation.speculation import TOKEN, probabilities, propose, verify, window, with_seen
+from dsv3_jax.generation.sampling import Sampler, distribution, draw, keys, log_probability
+from dsv3_jax.generation.speculation import TOKEN, Drafts, penalised, propose, verify, window, with_seen
 from dsv3_jax.generation.weights import Weights
 
 
@@ -28,6 +28,7 @@ class DecodeState:
       sampler: how tokens are chosen.
       left: tokens that may still come.
       active: sequences that go on.
+      greedy: no request has a temperature: there are no probabilities to compute, and nothing to draw.
     """
 
     cache: LatentCache
@@ -37,6 +38,7 @@ class DecodeState:
     sampler: Sampler
     left: Int[Array, " batch"]
     active: Bool[Array, " batch"]
+    greedy: bool = field(default=False, metadata={"static": True})
 
 
 class Emitted(NamedTuple):
@@ -66,22 +68,17 @@ def step(weights: Weights, state: DecodeState, config: ModelConfig) -> tuple[Dec
     tokens, proposal = state.recent[:, -1:], None
     if drafts:
         arguments = (state.hidden, state.recent, state.seen, state.sampler, state.active)
-        proposal, cache = propose(weights, cache, *arguments, config)
+        proposal, cache = propose(weights, cache, *arguments, config, greedy=state.greedy)
         tokens = jnp.concatenate([tokens, proposal.tokens], 1)
     with jax.named_scope("decode"):
         hidden, cache = forward.decode(weights, cache, tokens, state.active, config)
     logits = forward.head(weights, hidden)
     with jax.named_scope("sample"):
-        seen, probs = state.seen, []
+        seen, choices = state.seen, []
         for j in range(drafts + 1):
             seen = with_seen(seen, tokens[:, j])  # The first has been seen.
-            probs.append(probabilities(logits[:, j], seen, state.sampler))
-        positions = cache.lengths + 1
-        if proposal is None:
-            accepted = jnp.zeros_like(positions)
-            emitted = draw(probs[0], keys(state.sampler, positions, TOKEN))[:, None]
-        else:
-            emitted, accepted = verify(proposal, jnp.stack(probs, 1), state.sampler, positions)
+            choices.append(penalised(logits[:, j], seen, state.sampler))
+        emitted, accepted = _choose(jnp.stack(choices, 1), proposal, state)
         log_probs = jax.vmap(log_probability, (1, 1), 1)(logits, emitted)
 
     finite = jnp.isfinite(logits).all((1, 2))
@@ -112,14 +109,35 @@ def step(weights: Weights, state: DecodeState, config: ModelConfig) -> tuple[Dec
     )
 
 
+def _choose(logits: Array, proposal: Drafts | None, state: DecodeState) -> tuple[Array, Array]:
+    """The tokens to emit [batch, drafts + 1], and how many of them are accepted drafts."""
+    if state.greedy:
+        best = logits.argmax(-1).astype(jnp.int32)
+        if proposal is None:
+            return best, jnp.zeros_like(state.left)
+        # An accepted draft is the best token; the one after the last of them is its correction.
+        kept = jnp.cumprod(proposal.tokens == best[:, :-1], axis=1)
+        return best, kept.sum(1).astype(jnp.int32)
+    positions = state.cache.lengths + 1
+    filters = state.seen.shape[1] > 0
+    probs = [distribution(logits[:, j], state.sampler, filters=filters) for j in range(logits.shape[1])]
+    if proposal is None:
+        return draw(probs[0], keys(state.sampler, positions, TOKEN))[:, None], jnp.zeros_like(state.left)
+    return verify(proposal, jnp.stack(probs, 1), state.sampler, positions)
+
+
 def first_tokens(weights: Weights, state: DecodeState, hidden: Float[Array, "batch d"]):
     """The token after each prompt, from the hidden state of the prompt's last position: (state, Emitted).
 
     `state.recent` ends with the prompt; its first column leaves as the new token comes.
     """
     logits = forward.head(weights, hidden)
-    probs = probabilities(logits, state.seen, state.sampler)
-    tokens = draw(probs, keys(state.sampler, state.cache.lengths, TOKEN))[:, None]
+    choices = penalised(logits, state.seen, state.sampler)
+    if state.greedy:
+        tokens = choices.argmax(-1).astype(jnp.int32)[:, None]
+    else:
+        probs = distribution(choices, state.sampler, filters=state.seen.shape[1] > 0)
+        tokens = draw(probs, keys(state.sampler, state.cache.lengths, TOKEN))[:, None]
     finite = jnp.isfinite(logits).all(-1)
     count, active = _finish(state, tokens, jnp.ones_like(state.left), finite)
     emitted = Emitted(

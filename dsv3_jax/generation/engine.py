@@ -350,6 +350,7 @@ class Engine:
             make_sampler([params], self.eos_id),
             jnp.full(1, params.max_new_tokens, jnp.int32),
             jnp.ones(1, bool),
+            greedy=params.temperature == 0,
         )
         self._state, self._seen, emitted = _take_slot(
             self.weights, self._state, self._seen, row, joining.kept[:, -1], np.int32(request.slot)
@@ -369,15 +370,19 @@ class Engine:
             keep[list(self._leaving)] = False
             self._state = replace(self._state, active=_and(self._state.active, keep))
             self._leaving.clear()
-        # The vocabulary is sorted only while some request wants it.
-        filters = any(request is not None and needs_filters(request.params) for request in self._slots)
+        # The vocabulary is sorted only while some request wants it, and random numbers drawn likewise.
+        wanted = [request.params for request in self._slots if request is not None]
+        filters = any(map(needs_filters, wanted))
+        greedy = not filters and all(params.temperature == 0 for params in wanted)
         seen = self._seen if filters else self._state.seen
         none_seen = self._state.seen
-        state, emitted = decode_step(self.weights, replace(self._state, seen=seen), self.config)
+        state, emitted = decode_step(
+            self.weights, replace(self._state, seen=seen, greedy=greedy), self.config
+        )
         if filters:
             self._seen = state.seen
             state = replace(state, seen=none_seen)
-        self._state = state
+        self._state = replace(state, greedy=False)  # Always the same to those that join.
         self.counters.steps += 1
         return list(self._slots), emitted
 
@@ -445,7 +450,8 @@ class Engine:
             lambda n: n <= min(self.limits.chunk, self.limits.max_tokens - 2),
             (SMALLEST_CHUNK << i for i in itertools.count()),
         )
-        for params in (plain, replace(plain, top_k=2)):
+        greedy = replace(plain, temperature=0.0)
+        for params in (plain, greedy, replace(plain, top_k=2), replace(greedy, repetition_penalty=2.0)):
             for size in [1, *sizes]:
                 self.submit(np.zeros(size, np.int32), params, lambda piece: None)
                 self.run_until_idle()

@@ -344,6 +344,7 @@ class Generator:
             make_sampler(requests, self.eos_id),
             jnp.asarray(left),
             jnp.ones(len(encoded), bool),
+            greedy=all(request.temperature == 0 for request in requests),
         )
         return _first(self.weights, state, hidden[:, -1], self.config)
 

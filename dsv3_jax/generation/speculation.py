@@ -33,7 +33,7 @@ class Drafts(NamedTuple):
     """Tokens proposed for the positions that follow, and the distributions that they were drawn from."""
 
     tokens: Int[Array, "batch drafts"]
-    probs: Float[Array, "batch drafts vocab"]
+    probs: Float[Array, "batch drafts vocab"] | None  # None when all is greedy.
 
 
 def with_seen(seen: Bool[Array, "batch seen"], tokens: Int[Array, " batch"]) -> Bool[Array, "batch seen"]:
@@ -41,13 +41,11 @@ def with_seen(seen: Bool[Array, "batch seen"], tokens: Int[Array, " batch"]) -> 
     return seen | jax.nn.one_hot(tokens, seen.shape[1], dtype=bool)
 
 
-def probabilities(
+def penalised(
     logits: Float[Array, "batch vocab"], seen: Bool[Array, "batch seen"], sampler: Sampler
 ) -> Float[Array, "batch vocab"]:
-    """What a token is drawn from. Without `seen` there are neither penalties nor filters in the batch."""
-    if not seen.shape[1]:
-        return distribution(logits, sampler, filters=False)
-    return distribution(penalise(logits, seen, sampler.repetition_penalty), sampler, filters=True)
+    """Logits after the repetition penalty. Without `seen` there are neither penalties nor filters."""
+    return penalise(logits, seen, sampler.repetition_penalty) if seen.shape[1] else logits
 
 
 def propose(
@@ -59,6 +57,8 @@ def propose(
     sampler: Sampler,
     active: Bool[Array, " batch"],
     config: ModelConfig,
+    *,
+    greedy: bool = False,
 ) -> tuple[Drafts, LatentCache]:
     """One token from each depth, in a chain (DeepSeek-V3 eqs 21-23).
 
@@ -71,6 +71,7 @@ def propose(
       sampler: how drafts are drawn: like all tokens.
       active: sequences that go on.
       config: the model.
+      greedy: every draft is the most probable token.
     """
     drafts, size = hidden.shape[1] // 2, hidden.shape[1]
     tokens, probs, state = recent, [], hidden
@@ -78,13 +79,16 @@ def propose(
         with jax.named_scope(f"draft_{depth}"):
             later = tokens[:, depth - 1 : depth - 1 + size]
             out, cache = forward.draft(weights, cache, depth, state, later, active, config)
-            q = probabilities(forward.head(weights, out[:, -1]), seen, sampler)
-            token = draw(q, keys(sampler, cache.lengths + depth, DRAFT))
+            logits = penalised(forward.head(weights, out[:, -1]), seen, sampler)
+            if greedy:
+                token = logits.argmax(-1).astype(jnp.int32)
+            else:
+                probs.append(distribution(logits, sampler, filters=seen.shape[1] > 0))
+                token = draw(probs[-1], keys(sampler, cache.lengths + depth, DRAFT))
         seen = with_seen(seen, token)
         tokens = jnp.concatenate([tokens, token[:, None]], 1)
-        probs.append(q)
         state = out if config.mtp.kind == "sequential" else hidden
-    return Drafts(tokens[:, size:], jnp.stack(probs, 1)), cache
+    return Drafts(tokens[:, size:], None if greedy else jnp.stack(probs, 1)), cache
 
 
 def verify(
@@ -104,6 +108,7 @@ def verify(
       sampler: seeds.
       positions: of the first draft in each text.
     """
+    assert drafts.probs is not None
     count = drafts.tokens.shape[1]
     kept = jnp.ones(positions.shape, bool)
     accepted = jnp.zeros(positions.shape, jnp.int32)
