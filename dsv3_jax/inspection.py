@@ -9,7 +9,16 @@ from typing import NamedTuple
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.convert import mapping
 
-PARTS = ("embedding", "attention", "dense FFN", "shared experts", "routed experts", "router", "norms", "head")
+PARTS: tuple[str, ...] = (
+    "embedding",
+    "attention",
+    "dense FFN",
+    "shared experts",
+    "routed experts",
+    "router",
+    "norms",
+    "head",
+)
 
 
 class Count(NamedTuple):

@@ -107,7 +107,7 @@ def _planned(source: Source, name: str, tensor: Tensor, dtype, quantise: bool) -
         scales = mapping.scale_leaf(leaf)
         rows = scales.block[0] // leaf.parts
         part = tensor.start // (leaf.block[0] // leaf.parts)
-        of_scales = Tensor(fp8.scale_shape(tensor.shape), scales.path, tensor.index, part * rows, rows)
+        of_scales = Tensor(fp8.scale_shape(tensor.shape), scales.path, tensor.lead, part * rows, rows)
         found[name + SCALE] = Planned(of_scales, np.dtype(np.float32), of_scales.shape)
     return found
 
@@ -276,7 +276,7 @@ def _write_file(
     for name, planned in tensors.items():
         if name.endswith(SCALE) and tensors.get(name.removesuffix(SCALE), planned).quantise:
             continue  # Written with its tensor.
-        together = groups.setdefault((planned.tensor.leaf, planned.tensor.index), [])
+        together = groups.setdefault((planned.tensor.leaf, planned.tensor.lead), [])
         together.append((planned, entries[name], entries.get(name + SCALE)))
     jobs = [pool.submit(_write_group, source, file, group) for group in groups.values()]
     try:
@@ -321,11 +321,11 @@ def _write_tensor(source: Source, file: int, planned: Planned, entry: safetensor
 
 def _blocks(tensor: Tensor, leaf: mapping.Leaf) -> Iterator[tuple[tuple[int, ...], int, int]]:
     """(lead, first row, last row) of the blocks that a tensor covers."""
-    if len(tensor.index) == leaf.lead:
-        yield tensor.index, tensor.start, tensor.start + tensor.rows
+    if len(tensor.lead) == leaf.lead:
+        yield tensor.lead, tensor.start, tensor.start + tensor.rows
         return
     for expert in range(tensor.rows):
-        yield (*tensor.index, expert), 0, leaf.block[0]
+        yield (*tensor.lead, expert), 0, leaf.block[0]
 
 
 def _finish(folder: Path, output: Output) -> None:

@@ -15,8 +15,8 @@ E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 LARGEST = 448.0  # Of E4M3.
 
 
-def scale_shape(shape: tuple[int, int]) -> tuple[int, int]:
-    """Blocks along each axis of a matrix."""
+def scale_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Blocks along both axes of a matrix."""
     return -(-shape[0] // BLOCK), -(-shape[1] // BLOCK)
 
 

@@ -271,7 +271,7 @@ class HFFolder:
                 pair = [np.empty(size, np.uint8), np.empty(size, np.uint8)]
                 for buffer, at, start in ((pair[0], file, entry.start), (pair[1], other_file, other.start)):
                     safetensors.read_into(self._descriptors.get(self.path / at), buffer, start + offset)
-                same = same and np.array_equal(*pair)
+                same = same and np.array_equal(pair[0], pair[1])
             if not same:
                 self._problems.append(
                     f"{name}: differs from {tensor.copy_of}, which the model shares with it"
@@ -287,7 +287,7 @@ class HFFolder:
         for name, tensor in self.tensors.items():
             if tensor.copy_of or not tensor.leaf:
                 continue
-            self._blocks.setdefault(tensor.leaf, {}).setdefault(tensor.index, []).append(
+            self._blocks.setdefault(tensor.leaf, {}).setdefault(tensor.lead, []).append(
                 (tensor.start, name, tensor)
             )
             kinds.setdefault(tensor.leaf, set()).add(self.entries[name][1].dtype)
@@ -316,11 +316,11 @@ class HFFolder:
             out[:] = 0
             return out
         for first, name, tensor in self._tensors_of(path, lead):
-            rows = leaf.block[0] // leaf.parts if leaf.parts > 1 and tensor.index == lead else leaf.block[0]
+            rows = leaf.block[0] // leaf.parts if leaf.parts > 1 and tensor.lead == lead else leaf.block[0]
             low, high = max(start, first), min(stop, first + rows)
             if low < high:
                 skip = low - first
-                if tensor.index != lead:  # A tensor of all experts: this one's rows begin behind the others'.
+                if tensor.lead != lead:  # A tensor of all experts: this one's rows begin behind the others'.
                     skip += lead[-1] * leaf.block[0]
                 self._read_rows(name, leaf, skip, out[low - start : high - start])
         return out

@@ -56,6 +56,7 @@ def _shardings(config: ModelConfig, mesh: Mesh | None) -> dict[mapping.Path, jax
 def _array(source: Source, leaf: Leaf, dtype: np.dtype, sharding: jax.sharding.Sharding) -> jax.Array:
     by_index: dict[tuple, list[Any]] = {}
     for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
+        assert index is not None  # None is for devices of other processes.
         ranges = tuple(part.indices(size)[:2] for part, size in zip(index, leaf.shape, strict=True))
         by_index.setdefault(ranges, []).append(device)
     shards = []

@@ -53,7 +53,7 @@ class Tensor(NamedTuple):
     Attributes:
       shape: as in the folder.
       leaf: the path of the leaf that it is a part of.
-      index: along leading axes of the leaf; fewer than it has for a tensor of all experts.
+      lead: along leading axes of the leaf; fewer than it has for a tensor of all experts.
       start: the first of its rows within the block.
       rows: its rows, of the leaf's first stored axis.
       copy_of: the tensor that it repeats, if it is a copy; nothing is read from a copy.
@@ -61,7 +61,7 @@ class Tensor(NamedTuple):
 
     shape: tuple[int, ...]
     leaf: Path
-    index: tuple[int, ...]
+    lead: tuple[int, ...]
     start: int
     rows: int
     copy_of: str = ""

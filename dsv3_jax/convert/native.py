@@ -38,6 +38,7 @@ EXTRAS = "huggingface"  # The tokenizer and other small files of the release.
 FORMAT = 1
 WHOLE = 4 << 20  # Leaves up to this size are one chunk.
 WORKERS = min(4, os.cpu_count() or 1)
+SETTLERS = 2
 _ZARR = {"BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "F16": "float16", "F32": "float32", "F64": "float64"}
 
 Progress = Callable[[int, int], None]  # Bytes done, bytes in all.
@@ -180,7 +181,11 @@ def write(
         done = _resume(folder, identity)
         todo = [chunk for chunk in chunks if chunk.name not in done]
         finished = total - sum(chunk.size for chunk in todo)
-        with (folder / JOURNAL).open("a", encoding="utf-8") as journal, ThreadPoolExecutor(WORKERS) as pool:
+        with (
+            (folder / JOURNAL).open("a", encoding="utf-8") as journal,
+            ThreadPoolExecutor(WORKERS) as pool,
+            ThreadPoolExecutor(SETTLERS) as settlers,
+        ):
             jobs = {pool.submit(_write_chunk, source, folder, chunk): chunk for chunk in todo}
             try:
                 for job in as_completed(jobs):
@@ -189,6 +194,8 @@ def write(
                     journal.write(json.dumps([chunk.name, chunk.size, crc]) + "\n")
                     journal.flush()
                     finished += chunk.size
+                    # The disk works while the next chunks are read, and little is left for the end.
+                    settlers.submit(_to_disk, folder / chunk.name)
                     if progress:
                         progress(finished, total)
             except BaseException:
@@ -241,11 +248,19 @@ def _write_chunk(source: Source, folder: Path, chunk: Chunk) -> int:
         for lead in chunk.leads:
             values = np.ascontiguousarray(source.read(chunk.leaf.path, lead, chunk.start, chunk.stop))
             data = values.reshape(-1).view(np.uint8)
-            crc = zlib.crc32(data, crc)
+            crc = zlib.crc32(data.data, crc)
             written = 0
             while written < len(data):
-                written += out.write(memoryview(data)[written:])
+                written += out.write(data.data[written:])
     return crc
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fdatasync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _finish(
@@ -354,7 +369,7 @@ class NativeFolder:
         """The verified bytes of a chunk; each thread remembers its last."""
         if getattr(self._last, "name", None) != chunk.name:
             data = np.fromfile(self.path / chunk.name, np.uint8)
-            if (len(data), zlib.crc32(data)) != self._files[chunk.name]:
+            if (len(data), zlib.crc32(data.data)) != self._files[chunk.name]:
                 self.verify()
             self._last.name, self._last.data = chunk.name, data.view(chunk.dtype)
         return self._last.data
