@@ -3,13 +3,14 @@
     errors          one exception with every problem
     safetensors     headers read and checked, bytes read and written in place
     fp8             E4M3 with a scale for each 128x128 block
-    hf_config       config.json <-> ModelConfig, by named properties
+    hf_config       config.json to ModelConfig, by named properties; hf_config_write the way back
     mapping         which tensor of a Hugging Face folder is which part of which array
     sources         where arrays come from: a Hugging Face folder, our folder, a training run, memory
     hf_folder       a Hugging Face folder, checked whole before anything is read from it
-    native          our folder: written from any source, resumed after a kill, read back
+    native          our folder, written from any source, resumed after a kill; native_folder reads it back
     export          a Hugging Face folder written from any source
     load            arrays on their devices from any source
+    opened          a folder of any of these kinds
 
 Every array of the model is kept on disk as Hugging Face keeps it, output features first, so that
 conversion moves bytes and computes nothing. A *block* is what lies behind the axes of layers and

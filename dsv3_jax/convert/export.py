@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dsv3_jax.convert import fp8, hf_config, mapping, native, safetensors
+from dsv3_jax.convert import fp8, hf_config, hf_config_write, mapping, native, safetensors
 from dsv3_jax.convert.errors import ConversionError
 from dsv3_jax.convert.hf_folder import DERIVED, INDEX, SCALE, SINGLE
 from dsv3_jax.convert.mapping import Layout, Tensor
@@ -175,7 +175,7 @@ def _config(source: Source, like: dict[str, Any] | None, planned: dict[str, Plan
         tree = dict(before)
     else:
         try:
-            new = hf_config.to_hf(source.config, fp8=quantised, dtype=name)
+            new = hf_config_write.to_hf(source.config, fp8=quantised, dtype=name)
         except ValueError as error:
             raise ConversionError("The model cannot be written for Hugging Face", error.args[0]) from None
         tree = {field: value for field, value in before.items() if field in hf_config.UNUSED} | new
@@ -183,7 +183,7 @@ def _config(source: Source, like: dict[str, Any] | None, planned: dict[str, Plan
     if had and not quantised:
         del tree["quantization_config"]
     elif quantised and not had:
-        tree |= {"quantization_config": hf_config.to_hf(source.config, fp8=True)["quantization_config"]}
+        tree |= {"quantization_config": hf_config_write.to_hf(source.config, fp8=True)["quantization_config"]}
     return tree
 
 

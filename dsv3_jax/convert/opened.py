@@ -13,6 +13,7 @@ from dsv3_jax.config_checks import ConfigError, typed
 from dsv3_jax.convert import native
 from dsv3_jax.convert.errors import ConversionError
 from dsv3_jax.convert.hf_folder import HFFolder
+from dsv3_jax.convert.native_folder import NativeFolder
 from dsv3_jax.convert.sources import Dequantised, RunSource, Source
 
 
@@ -64,7 +65,7 @@ def open_source(path: str | Path, keep_fp8: bool = False) -> Iterator[Opened]:
     """
     path = Path(path)
     if (path / native.MANIFEST).exists():
-        folder = native.NativeFolder(path)
+        folder = NativeFolder(path)
         yield Opened("dsv3", folder, folder.huggingface)
     elif step := _checkpoint(path):
         yield Opened("run", _run(step), None)

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import pytest
 from dsv3_jax import inspection
 from dsv3_jax.cli import main
 from dsv3_jax.config_checks import typed
-from dsv3_jax.convert import hf_config, mapping
+from dsv3_jax.convert import hf_config, hf_config_write, mapping
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 # Published totals in billions, all digits given (papers and model cards; llama.cpp prints two decimals).
@@ -109,7 +111,7 @@ def test_v2_caches_93_percent_less_than_67b():
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_config_json_and_back(name):
     config = preset(name).model
-    tree = json.loads(json.dumps(hf_config.to_hf(config)))
+    tree = json.loads(json.dumps(hf_config_write.to_hf(config)))
     back = hf_config.from_hf(tree)
     assert hf_config.same_model(back.config, config)
     assert not back.notes
@@ -118,7 +120,10 @@ def test_config_json_and_back(name):
 
 def test_kimi_k2_is_the_class_of_v3():
     config = preset("kimi_k2").model
-    tree = hf_config.to_hf(config) | {"model_type": "kimi_k2", "architectures": ["DeepseekV3ForCausalLM"]}
+    tree = hf_config_write.to_hf(config) | {
+        "model_type": "kimi_k2",
+        "architectures": ["DeepseekV3ForCausalLM"],
+    }
     assert hf_config.from_hf(tree).config == hf_config.from_hf(tree | {"model_type": "deepseek_v3"}).config
 
 
@@ -130,3 +135,15 @@ def test_inspect_prints(capsys):
     assert "35,136 elements: 70,272 bytes" in out
     assert main(["inspect", "--config", "configs/no_such.py"]) == 1
     assert "no such file" in capsys.readouterr().err
+
+
+def test_help_imports_nothing_heavy():
+    """Every subcommand adds its parser without JAX, so that `dsv3 --help` answers at once."""
+    code = (
+        "import sys\nfrom dsv3_jax import cli\n"
+        "try: cli.main(['--help'])\nexcept SystemExit: pass\n"
+        "heavy = {'jax', 'numpy', 'flax', 'orbax'} & set(sys.modules)\nassert not heavy, heavy"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=CONFIGS.parent)
+    assert out.returncode == 0, out.stderr
+    assert all(name in out.stdout for name in ("import", "export", "inspect"))
