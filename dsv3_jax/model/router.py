@@ -29,7 +29,7 @@ def affinities(
 
 
 def _top2_sum(x: Float[Array, "*batch n"]) -> Float[Array, "*batch"]:
-    """The sum of the two largest along the last axis, by plain maxima: sorting takes a CPU three times as long."""
+    """The sum of the two largest along the last axis, by maxima: sorting takes a CPU three times as long."""
     first = x.max(-1, keepdims=True)
     is_first = x == first
     second = jnp.where(is_first, -jnp.inf, x).max(-1)
