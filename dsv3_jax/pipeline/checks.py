@@ -42,8 +42,8 @@ def check_operations(schedule: Schedule) -> None:
                 raise ScheduleError(f"F of micro-batch {m} on stage {stage}: {forward} times")
             if (whole, for_input, for_weights) not in ((1, 0, 0), (0, 1, 1)):
                 raise ScheduleError(
-                    f"backward of micro-batch {m} on stage {stage}: {whole} B, {for_input} I, {for_weights} W; "
-                    "it takes one B, or one I and one W"
+                    f"backward of micro-batch {m} on stage {stage}: {whole} B, {for_input} I, "
+                    f"{for_weights} W; it takes one B, or one I and one W"
                 )
     if count:
         raise ScheduleError(f"no such stage or micro-batch: {next(iter(count))}")

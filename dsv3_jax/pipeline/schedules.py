@@ -147,8 +147,8 @@ def stage_sizes(n_layers: int, n_stages: int) -> tuple[int, ...]:
     """
     if n_layers < n_stages:
         raise ScheduleError(
-            f"{n_layers} layers in {n_stages} stages: every stage needs a layer. Nearest: {n_layers} stages, "
-            f"or {n_stages} layers"
+            f"too few layers: {n_layers} layers in {n_stages} stages: every stage needs a layer. "
+            f"Nearest: {n_layers} stages, or {n_stages} layers"
         )
     base, longer = divmod(n_layers, n_stages)
     first = (n_stages - longer) // 2

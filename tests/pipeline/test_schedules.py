@@ -55,7 +55,7 @@ def test_dualpipe_on_two_ranks_by_hand():
 
 
 def test_dualpipe_of_the_paper():
-    # DeepSeek-V3 figure 5: 8 ranks, 20 micro-batches; rank 0 forwards 0-6 before 10, the other end's first, comes.
+    # DeepSeek-V3 figure 5: 8 ranks, 20 micro-batches; rank 0 forwards 0-6 until the other end's 10 comes.
     schedule = build("dualpipe", 8, 20)
     assert words(schedule, 0).startswith(
         "F0 F1 F2 F3 F4 F5 F6 F10 I10 W10 F11 I11 W11 F12 I12 W12 F13 F7B13 F14B0"
@@ -220,7 +220,7 @@ def test_other_refusals():
         build("1f1b", 2, 0)
     with pytest.raises(ScheduleError, match="one chunk a rank is 1f1b"):
         build("interleaved", 2, 4, chunks=1)
-    with pytest.raises(ScheduleError, match="3 layers in 4 stages.*Nearest: 3 stages"):
+    with pytest.raises(ScheduleError, match="too few layers: 3 layers in 4 stages.*Nearest: 3 stages"):
         stage_sizes(3, 4)
 
 

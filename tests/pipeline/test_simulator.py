@@ -66,7 +66,7 @@ def test_formulas_that_hold_for_any_durations(ranks, groups, chunks, forward, ba
     schedule = build("interleaved", ranks, groups * ranks, chunks=chunks)
     part = simulate(schedule, d.scaled(Fraction(1, chunks)))
     assert part.bubble * chunks == (ranks - 1) * (forward + backward)
-    # Its memory, same section: p (1 + (p - 1) / (p chunks)) activations of a rank; of ours `chunks` times as many.
+    # Its memory, same section: p (1 + (p - 1) / (p chunks)) activations of a rank, times `chunks` in ours.
     if groups > 1:
         assert max(peak_activations(schedule)) == ranks * chunks + ranks - 1
 
