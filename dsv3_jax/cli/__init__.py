@@ -7,6 +7,7 @@ is heavy inside `run`, so that `dsv3 --help` answers at once.
 
 import argparse
 import importlib
+import logging
 import pkgutil
 import sys
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(command, "add_parser"):
             command.add_parser(subparsers)
     args = parser.parse_args(argv)
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of metadata that nobody here needs.
     try:
         return args.run(args) or 0
     except KeyboardInterrupt:
