@@ -20,8 +20,10 @@ from dsv3_jax.convert import fp8, hf_config, hf_config_write, mapping, native, s
 from dsv3_jax.convert.errors import ConversionError
 from dsv3_jax.convert.hf_folder import DERIVED, INDEX, SCALE, SINGLE
 from dsv3_jax.convert.mapping import Layout, Tensor
+from dsv3_jax.convert.native_folder import NativeFolder
 from dsv3_jax.convert.sources import Dequantised, Source, rows_of
 
+SETTLED = 128 << 20  # Bytes between two requests to write what is in the page cache to the disk.
 SHARD = 5_000_000_000  # Bytes of a file, if a tensor is not larger; what transformers and releases use.
 
 
@@ -217,15 +219,19 @@ def write(source: Source, path: Path, output: Output, progress: native.Progress 
                 if file in done:
                     continue
                 descriptor = os.open(folder / file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+                waiting = 0
                 try:
                     for count in _write_file(pool, source, descriptor, tensors, *headers[file]):
-                        finished += count
+                        finished, waiting = finished + count, waiting + count
+                        if waiting >= SETTLED:  # The disk works while the rest of the file is written.
+                            settling.append(settler.submit(os.fdatasync, descriptor))
+                            waiting = 0
                         if progress:
                             progress(finished, total)
                 except BaseException:
+                    settler.shutdown(cancel_futures=True)
                     os.close(descriptor)
                     raise
-                # The disk finishes a file while the next one is written.
                 settling.append(settler.submit(_settle, descriptor, folder / native.JOURNAL, file))
             for job in settling:
                 job.result()
@@ -278,7 +284,11 @@ def _write_file(
             continue  # Written with its tensor.
         together = groups.setdefault((planned.tensor.leaf, planned.tensor.lead), [])
         together.append((planned, entries[name], entries.get(name + SCALE)))
-    jobs = [pool.submit(_write_group, source, file, group) for group in groups.values()]
+    places = list(groups)
+    jobs = [
+        pool.submit(_write_group, source, file, group, places[i + native.WORKERS : i + native.WORKERS + 1])
+        for i, group in enumerate(groups.values())
+    ]
     try:
         for job in concurrent.futures.as_completed(jobs):
             yield job.result()
@@ -289,7 +299,11 @@ def _write_file(
         raise
 
 
-def _write_group(source: Source, file: int, group: list[tuple]) -> int:
+def _write_group(source: Source, file: int, group: list[tuple], soon: list[tuple]) -> int:
+    """Writes some tensors, when it has announced those that are read later."""
+    for path, lead in soon:
+        if path and isinstance(source, NativeFolder) and len(lead) == source.leaves[path].lead:
+            source.prefetch(path, lead)
     return sum(_write_tensor(source, file, *item) for item in group)
 
 

@@ -33,7 +33,7 @@ MANIFEST, ARRAYS, JOURNAL = "dsv3.json", "arrays", "journal"
 EXTRAS = "huggingface"  # The tokenizer and other small files of the release.
 FORMAT = 1
 WHOLE = 4 << 20  # Leaves up to this size are one chunk.
-WORKERS = min(4, os.cpu_count() or 1)
+WORKERS = min(8, 2 * (os.cpu_count() or 1))  # More than cores: they also wait for the disk.
 SETTLERS = 2
 _ZARR = {"BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "F16": "float16", "F32": "float32", "F64": "float64"}
 

@@ -1,6 +1,7 @@
 """Our folder (see `native`) read back, every byte of it checked."""
 
 import json
+import os
 import threading
 import zlib
 from pathlib import Path
@@ -98,6 +99,14 @@ class NativeFolder:
                 self.verify()
             self._last.name, self._last.data = chunk.name, data.view(chunk.dtype)
         return self._last.data
+
+    def prefetch(self, path: LeafPath, lead: tuple[int, ...]) -> None:
+        """Asks the system to read a block of a large leaf soon: its files are too short to be read ahead."""
+        leaf, dtype, rows = self.leaves[path], self.dtypes[path], self._rows[path]
+        for first in range(0, leaf.block[0], rows) if rows else ():
+            descriptor = os.open(self.path / Chunk(leaf, dtype, lead, first, first + rows).name, os.O_RDONLY)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+            os.close(descriptor)
 
     def verify(self) -> None:
         """Reads everything; raises ConversionError with every file whose contents changed."""
