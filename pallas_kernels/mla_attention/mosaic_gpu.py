@@ -14,6 +14,8 @@ from pallas_kernels import implementations
 
 MINIMUM_JAX = (0, 11, 2)
 WORKSPACE = 2 << 30
+# Up to so many times the backward kernels are compiled for a part of the heads each; beyond, once, in a loop.
+_UNROLLED = 8
 _MULTIPROCESSORS = 132  # of an H100 or H200, for compilation away from the card
 
 
@@ -117,7 +119,7 @@ def _forward(q, k, v, k_rope, q_segments, kv_segments, scale, causal, config, wo
 
 def _backward(scale, causal, config, workspace, saved, cotangents):
     del config
-    from pallas_kernels.mla_attention import mosaic_gpu_backward, mosaic_gpu_queries
+    from pallas_kernels.mla_attention import mosaic_gpu_backward
 
     q, k, v, k_rope, *_ = saved
     call = _call(q, k, v, scale, causal)
@@ -127,22 +129,58 @@ def _backward(scale, causal, config, workspace, saved, cotangents):
     with_scores = dS <= workspace
     most = min(call.kv_heads, workspace // dS) if with_scores else call.kv_heads
     count = next(n for n in range(most, 0, -1) if call.kv_heads % n == 0)
-    parts = []
-    for first in range(0, call.kv_heads, count):
-        dk, dv, d_rope, scores = mosaic_gpu_backward.keys_values(
-            operands._replace(ranges=by_key), call=call, heads=(first, count), with_scores=with_scores
+    some_heads = functools.partial(_some_heads, by_query=by_query, by_key=by_key, with_scores=with_scores)
+    if call.kv_heads <= _UNROLLED * count:
+        parts = [some_heads(operands, call, (first, count)) for first in range(0, call.kv_heads, count)]
+        dq, dk, dv, d_rope = zip(*parts, strict=True)
+        shared = None if k_rope is None else sum(d_rope)
+        dq, dk, dv = (jnp.concatenate(part, 2) for part in (dq, dk, dv))
+    else:
+        dq, dk, dv, shared = _in_a_loop(some_heads, operands, call, count)
+    return dq, dk, dv, None if k_rope is None else shared.astype(k_rope.dtype), None, None
+
+
+def _some_heads(operands, call, heads, by_query, by_key, with_scores):
+    """dQ, dK, dV of some key heads and their query heads, and their share of the shared key's gradient."""
+    from pallas_kernels.mla_attention import mosaic_gpu_backward, mosaic_gpu_queries
+
+    dk, dv, d_rope, scores = mosaic_gpu_backward.keys_values(
+        operands._replace(ranges=by_key), call=call, heads=heads, with_scores=with_scores
+    )
+    if with_scores:
+        dq = mosaic_gpu_queries.from_scores(
+            scores, operands.k, operands.k_rope, by_query, call=call, heads=heads
         )
-        if with_scores:
-            dq = mosaic_gpu_queries.from_scores(
-                scores, operands.k, operands.k_rope, by_query, call=call, heads=(first, count)
-            )
-        else:
-            dq = mosaic_gpu_queries.recomputed(operands._replace(ranges=by_query), call=call)
-        d_rope = None if d_rope is None else d_rope[:, : call.kv_len].sum(2, dtype=jnp.float32)
-        parts.append((dq[:, : call.q_len], dk[:, : call.kv_len], dv[:, : call.kv_len], d_rope))
-    dq, dk, dv, d_rope = zip(*parts, strict=True)
-    shared = None if k_rope is None else sum(d_rope).astype(k_rope.dtype)
-    return *(jnp.concatenate(part, 2) for part in (dq, dk, dv)), shared, None, None
+    else:
+        dq = mosaic_gpu_queries.recomputed(operands._replace(ranges=by_query), call=call)
+    d_rope = None if d_rope is None else d_rope[:, : call.kv_len].sum(2, dtype=jnp.float32)
+    return dq[:, : call.q_len], dk[:, : call.kv_len], dv[:, : call.kv_len], d_rope
+
+
+def _in_a_loop(some_heads, operands, call, count):
+    """`count` key heads at a time, copied out for kernels that are compiled once."""
+    some = call._replace(heads=count * call.group, kv_heads=count)
+
+    def cut(array, i, axis):
+        size = count * (array.shape[axis] // call.kv_heads)
+        return jax.lax.dynamic_slice_in_dim(array, i * size, size, axis)
+
+    def body(i, sums):
+        *whole, shared = sums
+        by_head = {name: cut(getattr(operands, name), i, 2) for name in ("q", "k", "v", "d_out")}
+        by_head |= {name: cut(getattr(operands, name), i, 1) for name in ("shift", "delta")}
+        *parts, d_rope = some_heads(operands._replace(**by_head), some, (0, count))
+        whole = [
+            jax.lax.dynamic_update_slice_in_dim(array, part, i * part.shape[2], 2)
+            for array, part in zip(whole, parts, strict=True)
+        ]
+        return *whole, None if shared is None else shared + d_rope
+
+    q, k, v, k_rope = operands.q, operands.k, operands.v, operands.k_rope
+    # Zeros like the operands, whose manual mesh axes they need.
+    start = [jnp.zeros_like(q[:, : call.q_len]), *(jnp.zeros_like(x[:, : call.kv_len]) for x in (k, v))]
+    shared = None if k_rope is None else jnp.zeros_like(k_rope[:, : call.kv_len], jnp.float32)
+    return jax.lax.fori_loop(0, call.kv_heads // count, body, (*start, shared))
 
 
 def _backward_operands(call, saved, cotangents):

@@ -175,9 +175,14 @@ def test_lowers_with_scores_recomputed_when_they_take_too_much_memory(monkeypatc
 
 
 @lowers
-def test_lowers_under_shard_map():
-    """Results vary over the mesh axes that the operands do, forward and backward."""
-    f, operands = trace(Shape(2, 256, 2, d_rope=64, documents=2), gradient=True)
+@pytest.mark.parametrize("heads", [2, 16])
+def test_lowers_under_shard_map(heads, monkeypatch):
+    """Results vary over the mesh axes that the operands do, also where the backward kernels run in a loop."""
+    one_head = 2 * 2 * 2 * 128**2  # Bytes of dS: two tiles of queries, two of keys.
+    attention = functools.partial(mosaic_gpu.attention, workspace=2 * one_head)
+    monkeypatch.setattr(mosaic_gpu, "attention", attention)
+    monkeypatch.setattr(mosaic_gpu, "_UNROLLED", 4)
+    f, operands = trace(Shape(2, 256, heads, d_rope=64, documents=2), gradient=True)
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec("data")
     mapped = jax.shard_map(f, mesh=mesh, in_specs=spec, out_specs=spec)
@@ -215,6 +220,59 @@ def test_refusals_name_the_constraint(shape, dtype, message):
     f, operands = trace(shape, dtype)
     with pytest.raises(UnsupportedError, match=message):
         lower(f, operands)
+
+
+def plain_keys_values(operands, *, call, heads, with_scores):
+    """What `mosaic_gpu_backward.keys_values` returns, in plain JAX, for causal calls."""
+    (first, count), group, f32 = heads, call.group, jnp.float32
+    queries, keys = slice(first * group, (first + count) * group), slice(first, first + count)
+    q, d_out = (x[:, : call.q_len, queries].astype(f32) for x in (operands.q, operands.d_out))
+    k, v = (jnp.repeat(x[:, : call.kv_len, keys].astype(f32), group, 2) for x in (operands.k, operands.v))
+    rope = operands.k_rope[:, : call.kv_len, None].astype(f32)
+    k = jnp.concatenate([k, jnp.broadcast_to(rope, (*k.shape[:3], call.d_rope))], -1)
+    shift, delta = (x[:, queries, : call.q_len, None] for x in (operands.shift, operands.delta))
+    hidden = jnp.arange(call.kv_len) > jnp.arange(call.q_len)[:, None] + call.offset
+    p = jnp.exp(call.scale * (jnp.einsum("bshd,bthd->bhst", q, k) + shift))
+    p = jnp.where(hidden, 0, p)  # In units of UNIT.
+    scores = p * (jnp.einsum("bshd,bthd->bhst", d_out, v) + delta)
+
+    def per_key_head(x):
+        return calls.UNIT * x.reshape(*x.shape[:2], count, group, -1).sum(3)
+
+    dk = per_key_head(jnp.einsum("bhst,bshd->bthd", scores, q)) * call.scale
+    dv = per_key_head(jnp.einsum("bhst,bshd->bthd", p, d_out))
+    return dk[..., : call.d_k], dv, dk[..., call.d_k :], scores
+
+
+def plain_from_scores(scores, k, k_rope, ranges, *, call, heads):
+    first, count = heads
+    k = jnp.repeat(k[:, : call.kv_len, first : first + count], call.group, 2)
+    shared = jnp.broadcast_to(k_rope[:, : call.kv_len, None], (*k.shape[:3], call.d_rope))
+    k = jnp.concatenate([k, shared], -1).astype(jnp.float32)
+    return jnp.einsum("bhst,bthd->bshd", scores, k) * (call.scale * calls.UNIT)
+
+
+@lowers
+@pytest.mark.parametrize("unrolled", [1, 8], ids="up to {} parts unrolled".format)
+@pytest.mark.parametrize("together", [1, 2], ids="{} heads together".format)
+def test_some_heads_at_a_time(unrolled, together, monkeypatch):
+    """The backward pass around its kernels, which plain JAX stands in for: same gradients however cut."""
+    from pallas_kernels.mla_attention import mosaic_gpu_backward, mosaic_gpu_queries
+
+    monkeypatch.setattr(mosaic_gpu_backward, "keys_values", plain_keys_values)
+    monkeypatch.setattr(mosaic_gpu_queries, "from_scores", plain_from_scores)
+    monkeypatch.setattr(mosaic_gpu, "_UNROLLED", unrolled)
+    shapes = (2, 21, 8, 96), (2, 30, 4, 64), (2, 30, 4, 64), (2, 30, 32), (2, 21, 8, 64)
+    q, k, v, k_rope, d_out = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate(shapes))
+    absent, scale = (None, None), 0.1
+    f = functools.partial(chunked.attention, scale=scale, causal=True)
+    (out, lse), pullback = jax.vjp(lambda *a: f(*a, *absent), q, k, v, k_rope)
+    d_lse = jnp.cos(lse)
+    saved = q, k, v, k_rope, *absent, out, lse
+    workspace = together * 2 * 2 * 2 * 128**2  # Bytes, batch, group; one tile of queries, one of keys.
+    got = mosaic_gpu._backward(scale, True, None, workspace, saved, (d_out, d_lse))
+    for mine, want in zip(got, pullback((d_out, d_lse)), strict=False):
+        np.testing.assert_allclose(mine, want, rtol=0, atol=2e-5)  # Sums of 30 float32 products of size 1.
 
 
 def test_not_on_cpu():
