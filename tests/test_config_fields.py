@@ -45,7 +45,11 @@ class Reads(ast.NodeVisitor):
 
     def visit_FunctionDef(self, node):
         arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
-        scope = {a.arg: ast.unparse(a.annotation).strip("'\"") for a in arguments if a.annotation}
+        scope = {
+            a.arg: ast.unparse(a.annotation).strip("'\"").removesuffix(" | None")
+            for a in arguments
+            if a.annotation
+        }
         if self.classes and arguments and arguments[0].arg == "self":
             scope["self"] = self.classes[-1]
         for a in arguments:  # train.py is a script, with few annotations.

@@ -44,7 +44,7 @@ def ffn(
     return _fwd(x, gates, gate_up, down, routes, recipe, name)[0]
 
 
-def _fwd(x, gates, gate_up, down, routes, recipe, name):
+def _fwd(x, gates, gate_up, down, routes, recipe: FP8Config, name):
     sizes = None if routes is None else routes[2]
     x8 = fp8.activation(x, recipe, power_of_two=recipe.power_of_two and routes is not None)
     rows8 = _sent(x8, routes)
@@ -58,7 +58,7 @@ def _fwd(x, gates, gate_up, down, routes, recipe, name):
     return _summed(out, routes), (x8, kept, gates, gate_up, down, routes)
 
 
-def _bwd(recipe, name, saved, dy):
+def _bwd(recipe: FP8Config, name, saved, dy):
     del name
     x8, kept, gates, gate_up, down, routes = saved
     sizes = None if routes is None else routes[2]
