@@ -1,4 +1,4 @@
-"""Pipeline parallelism: schedules as tables, proven, simulated and drawn."""
+"""Pipeline parallelism: schedules as tables, proven, simulated, drawn, and run by `runner`."""
 
 from dsv3_jax.pipeline.schedules import NAMES, Cell, Op, Schedule, ScheduleError, build, stage_sizes
 from dsv3_jax.pipeline.simulator import Durations, Timeline, simulate
