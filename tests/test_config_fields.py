@@ -14,8 +14,9 @@ SECTIONS = {name: cls for name, cls in vars(sections).items() if dataclasses.is_
 class Reads(ast.NodeVisitor):
     """Attributes of configuration sections that a module reads, found by following annotations."""
 
-    def __init__(self, found, attributes):
+    def __init__(self, found, attributes, script=False):
         self.found, self.attributes = found, attributes  # {(section, field)}; {(class, attribute): section}
+        self.script = script  # With few annotations: what is called `config` is a Config.
         self.scopes, self.classes = [{}], []
 
     def kind(self, node):
@@ -52,9 +53,8 @@ class Reads(ast.NodeVisitor):
         }
         if self.classes and arguments and arguments[0].arg == "self":
             scope["self"] = self.classes[-1]
-        for a in arguments:  # train.py is a script, with few annotations.
-            if a.arg == "config" and a.annotation is None:
-                scope["config"] = "Config"
+        if self.script and any(a.arg == "config" and a.annotation is None for a in arguments):
+            scope["config"] = "Config"
         self.scopes.append(scope)
         self.generic_visit(node)
         self.scopes.pop()
@@ -74,11 +74,11 @@ class Reads(ast.NodeVisitor):
 
 def fields_read():
     sources = [ROOT / "train.py", *(ROOT / "dsv3_jax").rglob("*.py")]
-    trees = [ast.parse(path.read_text("utf-8")) for path in sources if "config" not in path.stem]
+    trees = {path: ast.parse(path.read_text("utf-8")) for path in sources if "config" not in path.stem}
     found, attributes = set(), {}
     for _ in range(2):  # Twice: a class may be used before the file that declares it is reached.
-        for tree in trees:
-            Reads(found, attributes).visit(tree)
+        for path, tree in trees.items():
+            Reads(found, attributes, script=path.name == "train.py").visit(tree)
     return found
 
 
