@@ -103,7 +103,9 @@ class NativeFolder:
     def prefetch(self, path: LeafPath, lead: tuple[int, ...]) -> None:
         """Asks the system to read a block of a large leaf soon: its files are too short to be read ahead."""
         leaf, dtype, rows = self.leaves[path], self.dtypes[path], self._rows[path]
-        for first in range(0, leaf.block[0], rows) if rows else ():
+        if rows is None:
+            return
+        for first in range(0, leaf.block[0], rows):
             descriptor = os.open(self.path / Chunk(leaf, dtype, lead, first, first + rows).name, os.O_RDONLY)
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
             os.close(descriptor)
