@@ -1,7 +1,6 @@
 """What MLA replaces, behind the same interface: MHA, GQA (arXiv 2305.13245), MQA (arXiv 1911.02150)."""
 
 from flax import linen as nn
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import AttentionConfig, FP8Config, ModelConfig
@@ -41,7 +40,6 @@ def grouped_query_attention(
         segment_ids=segment_ids,
         implementation=config.attention.implementation,
     )
-    out = checkpoint_name(out, "attention_out")
     heads = out.reshape(*out.shape[:2], -1)
     w_o = w["w_o"].reshape(-1, h.shape[-1])
     return linear(heads, w_o, recipe, power_of_two=recipe is not None and recipe.power_of_two)

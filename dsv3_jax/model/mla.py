@@ -97,7 +97,6 @@ def mla(
         segment_ids=segment_ids,
         implementation=attention.implementation,
     )  # eq 10: the key of head i is [k_C,i ; k_R] (eq 4)
-    out = checkpoint_name(out, "attention_out")
     heads = out.reshape(*out.shape[:2], -1)
     w_o = w["w_o"].reshape(-1, h.shape[-1])
     return linear(heads, w_o, recipe, power_of_two=recipe is not None and recipe.power_of_two)
