@@ -135,6 +135,7 @@ def train(config, workdir, stop):
     from dsv3_jax.training.step import make_train_step
 
     # 1. The parts: mesh, data, the step and the evaluation.
+    check_kernels(config)
     mesh = make_mesh(config.mesh)
     devices = list(mesh.devices.flat)
     process = dict(process_index=jax.process_index(), process_count=jax.process_count())
@@ -257,6 +258,26 @@ def train(config, workdir, stop):
     report.close()
     loader.close()
     return stop.code if step < config.train.steps else 0
+
+
+def check_kernels(config):
+    """Refuses attention kernels that compute something else on this machine (3 if so).
+
+    On CPU there is nothing to check: plain JAX runs there. `PALLAS_SELF_CHECK=0` leaves the check out.
+    """
+    import jax
+
+    from pallas_kernels.self_check import SelfCheckError, self_check
+
+    a = config.model.attention
+    ours = a.kind == "mla" and a.implementation == "auto" and config.train.precision != "fp32"
+    if jax.default_backend() == "cpu" or not ours:
+        return
+    widths = dict(d_nope=a.qk_nope_head_dim, d_rope=a.qk_rope_head_dim, d_v=a.v_head_dim)
+    try:
+        self_check(heads=a.n_heads, rank=a.kv_lora_rank, **widths)
+    except SelfCheckError as error:
+        refuse(error, 3)
 
 
 def write_json(path, value):
