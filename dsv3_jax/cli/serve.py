@@ -42,7 +42,8 @@ def run(arguments: argparse.Namespace) -> int:
     from dsv3_jax.convert.errors import ConversionError
     from dsv3_jax.data import DataError
     from dsv3_jax.generation import RequestError
-    from dsv3_jax.generation.engine import Engine, Limits
+    from dsv3_jax.generation.engine import Engine
+    from dsv3_jax.generation.requests import Limits
     from dsv3_jax.generation.weights import prepare
 
     names = ("slots", "max_tokens", "page_size", "queue", "chunk")

@@ -5,11 +5,14 @@ attention, experts   the parts of a layer over a cache
 forward              prefill, decode and draft: pure functions over weights and cache
 sampling             from logits to tokens
 speculation, decode  drafts and their verification; the state and the step
+prefill              prompts into the cache, chunk by chunk
 text, generator      tokens to text; `Generator`, the Python interface
+requests, engine     continuous batching
+folders              from a folder to a model with its tokenizer
 """
 
-from dsv3_jax.generation.generator import Completion, Generator, Piece
+from dsv3_jax.generation.generator import Completion, Generator
 from dsv3_jax.generation.sampling import RequestError, SamplingParams
-from dsv3_jax.generation.text import TextStream
+from dsv3_jax.generation.text import Piece, TextStream
 
 __all__ = ["Completion", "Generator", "Piece", "RequestError", "SamplingParams", "TextStream"]

@@ -4,26 +4,25 @@ import functools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.data.tokenizers import Tokenizer
-from dsv3_jax.generation import decode, forward
+from dsv3_jax.generation import decode
 from dsv3_jax.generation.cache import DTYPES, LatentCache, init_cache
 from dsv3_jax.generation.decode import DecodeState, Emitted
+from dsv3_jax.generation.prefill import prefill
 from dsv3_jax.generation.sampling import RequestError, SamplingParams, make_sampler
 from dsv3_jax.generation.speculation import window
-from dsv3_jax.generation.text import TextStream
-from dsv3_jax.generation.weights import Weights, prepare
+from dsv3_jax.generation.text import Follower, Piece, stops
+from dsv3_jax.generation.weights import prepare
 
 Prompt = str | Sequence[int] | np.ndarray  # Text, or token ids.
 CAPACITY_STEP = 256  # Capacities are multiples of it, so that few programs are compiled.
-SMALLEST_CHUNK = 16
 
 
 @dataclass
@@ -60,15 +59,6 @@ class Completion:
     finish_reason: str  # "stop", or "length" when the limit of tokens or of the context was reached.
 
 
-class Piece(NamedTuple):
-    """What a step adds to a text."""
-
-    tokens: list[int]
-    log_probs: list[float]
-    text: str
-    finish_reason: str | None  # None: more is to come.
-
-
 def check_prompt(prompt: Sequence[int] | np.ndarray, config: ModelConfig) -> np.ndarray:
     """The prompt as int32, or a RequestError that names the limit."""
     tokens = np.asarray(prompt, np.int64).reshape(-1)
@@ -91,61 +81,6 @@ def check_drafts(config: ModelConfig, drafts: int) -> None:
     """Raises RequestError unless the model has so many depths to draft with."""
     if not 0 <= drafts <= config.mtp.depth:
         raise RequestError(f"speculation with {drafts} drafts, but model.mtp.depth is {config.mtp.depth}")
-
-
-@functools.partial(jax.jit, static_argnames=("config", "block", "drafts"), donate_argnames=("cache",))
-def prefill_chunk(
-    weights: Weights,
-    cache: LatentCache,
-    kept: Float[Array, "batch window d"],
-    tokens: Int[Array, "batch chunk_ahead"],
-    start: Int[Array, ""],
-    lengths: Int[Array, " batch"],
-    config: ModelConfig,
-    block: int,
-    drafts: int,
-) -> tuple[LatentCache, Float[Array, "batch window d"]]:
-    """`forward.prefill`, keeping of its hidden states those of each prompt's last `window` positions."""
-    hidden, cache = forward.prefill(
-        weights, cache, tokens, start, lengths, config, block=block, drafts=drafts
-    )
-    wanted = lengths[:, None] - kept.shape[1] + jnp.arange(kept.shape[1]) - start
-    here = (wanted >= 0) & (wanted < hidden.shape[1])
-    index = jnp.clip(wanted, 0, hidden.shape[1] - 1)
-    found = jnp.take_along_axis(hidden, index[..., None], axis=1)
-    return cache, jnp.where(here[..., None], found, kept)
-
-
-def chunks(longest: int, chunk: int) -> Iterator[tuple[int, int]]:
-    """(start, size) of a prompt's chunks: whole ones, then the least power of two that holds the rest."""
-    for start in range(0, longest, chunk):
-        rest, size = longest - start, SMALLEST_CHUNK
-        while size < min(rest, chunk):
-            size *= 2
-        yield start, min(size, chunk)
-
-
-def prefill(
-    weights: Weights,
-    cache: LatentCache,
-    prompts: Int[np.ndarray, "batch longest"],
-    lengths: Int[np.ndarray, " batch"],
-    config: ModelConfig,
-    *,
-    chunk: int,
-    drafts: int,
-) -> tuple[LatentCache, Float[Array, "batch window d"]]:
-    """Reads whole prompts, padded at the right, chunk by chunk; `cache.lengths` are theirs afterwards."""
-    batch, longest = prompts.shape
-    kept = jnp.zeros((batch, max(1, window(drafts)), config.d_model), weights.embedding.dtype)
-    for start, size in chunks(longest, chunk):
-        piece = np.zeros((batch, size + drafts), np.int32)
-        ahead = prompts[:, start : start + size + drafts]
-        piece[:, : ahead.shape[1]] = ahead
-        cache, kept = prefill_chunk(
-            weights, cache, kept, piece, np.int32(start), lengths, config, chunk, drafts
-        )
-    return replace(cache, lengths=jnp.asarray(lengths)), kept
 
 
 @functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("state",))
@@ -365,15 +300,11 @@ class Generator:
         statistics.seconds += time.perf_counter() - started
 
     def _completion(self, tokens: list[int], log_probs: list[float], request: SamplingParams) -> Completion:
-        stopped = tokens[-1] in _stops(request, self.eos_id)
+        stopped = tokens[-1] in stops(request, self.eos_id)
         if stopped:
             tokens, log_probs = tokens[:-1], log_probs[:-1]
         text = "" if self.tokenizer is None else self.tokenizer.decode(tokens)
         return Completion(tokens, log_probs, text, "stop" if stopped else "length")
-
-
-def _stops(request: SamplingParams, eos_id: int) -> set[int]:
-    return {*request.stop_tokens, *([] if request.ignore_eos else [eos_id])}
 
 
 def _need_finite(finite: np.ndarray) -> None:
@@ -383,30 +314,3 @@ def _need_finite(finite: np.ndarray) -> None:
             f"the model's logits are not finite (prompts {rows}): its weights or its cache hold NaN or "
             "infinity; try --dtype fp32, or another checkpoint"
         )
-
-
-class Follower:
-    """Turns what the steps emit for one request into pieces of its text."""
-
-    def __init__(self, request: SamplingParams, tokenizer: Tokenizer | None, eos_id: int):
-        self._stops = _stops(request, eos_id)
-        self._text = None if tokenizer is None else TextStream(tokenizer, request.stop_strings)
-
-    def push(self, emitted: Emitted, row: int) -> Piece:
-        """The piece of a step, from `Emitted` on the host; a stop string may end it before the model does."""
-        tokens, log_probs, text, reason = [], [], "", None
-        for j in range(int(emitted.n_tokens[row])):
-            token = int(emitted.tokens[row, j])
-            if token in self._stops:
-                reason = "stop"
-                break
-            tokens.append(token)
-            log_probs.append(float(emitted.log_probs[row, j]))
-            text += self._text.push(token) if self._text else ""
-            if self._text and self._text.stopped:
-                return Piece(tokens, log_probs, text, "stop")
-        if reason is None and not emitted.active[row]:
-            reason = "length"
-        if reason and self._text:
-            text += self._text.finish()
-        return Piece(tokens, log_probs, text, reason)

@@ -1,8 +1,11 @@
 """Tokens to text as they come: whole characters only, and nothing of a stop string."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from dsv3_jax.data.tokenizers import UNKNOWN, Tokenizer
+from dsv3_jax.generation.decode import Emitted
+from dsv3_jax.generation.sampling import SamplingParams
 
 MAX_PENDING = 8  # Tokens that may wait for a character to be whole; no character has more bytes than 4.
 
@@ -62,3 +65,43 @@ class TextStream:
             keep = max(keep, next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0))
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
+
+
+class Piece(NamedTuple):
+    """What a step adds to a text."""
+
+    tokens: list[int]
+    log_probs: list[float]
+    text: str
+    finish_reason: str | None  # None: more is to come.
+
+
+def stops(request: SamplingParams, eos_id: int) -> set[int]:
+    return {*request.stop_tokens, *([] if request.ignore_eos else [eos_id])}
+
+
+class Follower:
+    """Turns what the steps emit for one request into pieces of its text."""
+
+    def __init__(self, request: SamplingParams, tokenizer: Tokenizer | None, eos_id: int):
+        self._stops = stops(request, eos_id)
+        self._text = None if tokenizer is None else TextStream(tokenizer, request.stop_strings)
+
+    def push(self, emitted: Emitted, row: int) -> Piece:
+        """The piece of a step, from `Emitted` on the host; a stop string may end it before the model does."""
+        tokens, log_probs, text, reason = [], [], "", None
+        for j in range(int(emitted.n_tokens[row])):
+            token = int(emitted.tokens[row, j])
+            if token in self._stops:
+                reason = "stop"
+                break
+            tokens.append(token)
+            log_probs.append(float(emitted.log_probs[row, j]))
+            text += self._text.push(token) if self._text else ""
+            if self._text and self._text.stopped:
+                return Piece(tokens, log_probs, text, "stop")
+        if reason is None and not emitted.active[row]:
+            reason = "length"
+        if reason and self._text:
+            text += self._text.finish()
+        return Piece(tokens, log_probs, text, reason)

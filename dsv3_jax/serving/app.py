@@ -13,10 +13,11 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route
 
 from dsv3_jax.data.tokenizers import Tokenizer
-from dsv3_jax.generation.engine import Engine, QueueFull
-from dsv3_jax.generation.engine import Request as EngineRequest
-from dsv3_jax.generation.generator import Piece
+from dsv3_jax.generation.engine import Engine
+from dsv3_jax.generation.requests import QueueFull
+from dsv3_jax.generation.requests import Request as EngineRequest
 from dsv3_jax.generation.sampling import RequestError
+from dsv3_jax.generation.text import Piece
 from dsv3_jax.serving import protocol
 from dsv3_jax.serving.chat import make_chat
 

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dsv3_jax.data.tokenizers import Tokenizer
-from dsv3_jax.generation.generator import Piece
 from dsv3_jax.generation.sampling import RequestError, SamplingParams
+from dsv3_jax.generation.text import Piece
 from dsv3_jax.serving.chat import ROLES, Chat
 
 MAX_CHOICES = 32  # Prompts times `n` of one HTTP request.

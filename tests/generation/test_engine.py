@@ -9,8 +9,10 @@ import pytest
 
 from dsv3_jax.generation import RequestError, SamplingParams
 from dsv3_jax.generation import engine as engine_module
-from dsv3_jax.generation.engine import Engine, Limits, QueueFull
-from dsv3_jax.generation.generator import decode_step, prefill_chunk
+from dsv3_jax.generation.engine import Engine
+from dsv3_jax.generation.generator import decode_step
+from dsv3_jax.generation.prefill import prefill_chunk
+from dsv3_jax.generation.requests import Limits, QueueFull
 from tests.generation.models import CONFIGS, generator
 
 LIMITS = Limits(slots=3, max_tokens=48, page_size=4, pages=20, queue=40, chunk=16)

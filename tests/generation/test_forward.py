@@ -10,7 +10,7 @@ import pytest
 
 from dsv3_jax.generation import forward
 from dsv3_jax.generation.cache import init_cache
-from dsv3_jax.generation.generator import prefill
+from dsv3_jax.generation.prefill import prefill
 from dsv3_jax.generation.weights import prepare
 from tests.generation.models import CONFIGS, teacher_forced, variables
 

@@ -11,7 +11,7 @@ from scipy import stats
 
 from dsv3_jax.generation import SamplingParams, forward
 from dsv3_jax.generation.cache import init_cache
-from dsv3_jax.generation.generator import prefill
+from dsv3_jax.generation.prefill import prefill
 from dsv3_jax.generation.sampling import make_sampler
 from dsv3_jax.generation.speculation import Drafts, verify
 from dsv3_jax.model import Transformer

@@ -18,7 +18,8 @@ pytest.importorskip("starlette")
 
 from dsv3_jax.data.tokenizers import ByteTokenizer  # noqa: E402
 from dsv3_jax.generation import Generator, SamplingParams  # noqa: E402
-from dsv3_jax.generation.engine import Engine, Limits  # noqa: E402
+from dsv3_jax.generation.engine import Engine  # noqa: E402
+from dsv3_jax.generation.requests import Limits  # noqa: E402
 from dsv3_jax.generation.weights import prepare  # noqa: E402
 from dsv3_jax.model import Transformer  # noqa: E402
 from dsv3_jax.serving.app import Server  # noqa: E402
