@@ -1,5 +1,7 @@
 """What MLA replaces, behind the same interface: MHA, GQA (arXiv 2305.13245), MQA (arXiv 1911.02150)."""
 
+from typing import Any
+
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
@@ -32,7 +34,7 @@ def grouped_query_attention(
     q = linear(h, w["w_q"], recipe)
     k = linear(h, w["w_k"], recipe)
     v = linear(h, w["w_v"], recipe)
-    out = mla_attention(
+    out: Any = mla_attention(  # Without its log-sum-exp: one array.
         rotate(q, turn, config.rope.interleaved),
         rotate(k, turn, config.rope.interleaved),
         v,

@@ -5,7 +5,7 @@ through a decoupled part of query and key, the key's shared by all heads. The ma
 the same input are stored as one: [W_UQ; W_QR], [W_DKV; W_KR] and [W_UK; W_UV].
 """
 
-from typing import NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -88,7 +88,7 @@ def mla(
         q = queries(w, h, turn, config, recipe)
         c_kv, k_r = latents(w, h, turn, config, recipe)
         k_c, v = keys_values(w, c_kv, config, recipe)
-    out = mla_attention(
+    out: Any = mla_attention(  # Without its log-sum-exp: one array.
         q,
         k_c,
         v,
