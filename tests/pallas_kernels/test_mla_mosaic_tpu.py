@@ -98,6 +98,7 @@ def test_compiles_for_tpu(topology, documents, monkeypatch):
     from jax.experimental import topologies
 
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # Test workers side by side.
     monkeypatch.setenv("TPU_LIBRARY_PATH", os.environ.get("TPU_LIBRARY_PATH", libtpu.get_library_path()))
     device = topologies.get_topology_desc(topology, "tpu").devices[0]
     shapes = operands(1024, 1024, 16, sharding=jax.sharding.SingleDeviceSharding(device))
