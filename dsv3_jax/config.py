@@ -184,8 +184,9 @@ class CheckpointConfig:
 class MeshConfig:
     """The device mesh; at most one axis may be -1, which means the rest of the devices."""
 
+    pipe: int = 1  # Pipeline stages.
     data: int = -1
-    expert: int = 1
+    expert: int = 1  # Each holds its part of the experts; the batch is split over data x expert.
     # Over `data`: "replicated", "zero1" (optimizer state is split) or "fsdp" (parameters too).
     sharding: str = "replicated"
 

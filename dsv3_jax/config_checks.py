@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dsv3_jax import mesh_checks
 from dsv3_jax.config import Config, ModelConfig
 
 
@@ -349,39 +350,8 @@ def check_machine(config: Config, n_devices: int, workdir: str | os.PathLike | N
 
 
 def check_mesh(config: Config, n_devices: int) -> list[Problem]:
-    """What of the mesh does not fit `n_devices`, the batch or the experts."""
-    report = _Report(config)
-    mesh, micro = config.mesh, config.train.micro_batch_size or config.train.batch_size
-    sizes = {"mesh.data": mesh.data, "mesh.expert": mesh.expert}
-    for path, size in sizes.items():
-        report.require(size == -1 or size >= 1, path, "must be at least 1, or -1 for the rest of the devices")
-    report.require(
-        list(sizes.values()) != [-1, -1], "mesh.expert", "only one axis may be -1; give this one a size"
-    )
-    if report.problems:
-        return report.problems
-    known = math.prod(size for size in sizes.values() if size != -1)
-    report.require(
-        known <= n_devices and (-1 not in sizes.values() or n_devices % known == 0),
-        "mesh.data" if mesh.data != -1 else "mesh.expert",
-        f"mesh {mesh.data} x {mesh.expert} does not fit {n_devices} devices; "
-        f"for example data={max(1, n_devices // max(1, math.gcd(mesh.expert, n_devices)))}, "
-        f"expert={max(1, math.gcd(mesh.expert, n_devices))}",
-    )
-    if report.problems:
-        return report.problems
-    data = n_devices // known if mesh.data == -1 else mesh.data
-    expert = n_devices // known if mesh.expert == -1 else mesh.expert
-    report.require(
-        micro % (data * expert) == 0,
-        "train.micro_batch_size" if config.train.micro_batch_size else "train.batch_size",
-        f"a micro-batch of {micro} sequences must divide over data x expert = {data} x {expert}",
-    )
-    moe = config.model.moe
-    if moe.n_dense_layers < config.model.n_layers:
-        fix = f"must divide model.moe.n_experts = {moe.n_experts}"
-        report.require(moe.n_experts % expert == 0, "mesh.expert", fix)
-    return report.problems
+    """What of the mesh does not fit `n_devices`, the batch or the experts; fixes propose meshes that do."""
+    return [Problem(*problem) for problem in mesh_checks.problems(config, n_devices)]
 
 
 def _unwritable(path: Path) -> str | None:

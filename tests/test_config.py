@@ -68,7 +68,7 @@ BAD = {
     ),
     "mesh larger than the devices": (
         ["mesh.data=4", "mesh.expert=4"],
-        ["mesh.data = 4: mesh 4 x 4 does not fit 8"],
+        ["mesh.expert = 4: data=4 x expert=4 does not fit 8 devices; nearest that fit: data="],
     ),
     "batch that does not divide": (
         ["mesh.data=3"],

@@ -1,13 +1,13 @@
 """The device mesh and the one table that maps logical axes of arrays to its axes.
 
-The batch is split over `data` x `expert`, the experts' weights over `expert`. ZeRO-1 splits the
-optimizer state over `data` too, FSDP also the parameters (DeepSeek-V3 §3.1; arXiv 1910.02054). Any axis
-may be 1, and one device runs the same code.
+The batch is split over `data` x `expert`, the experts' weights over `expert`, the stages of a pipeline over
+`pipe`. ZeRO-1 splits the optimizer state over `data` too, FSDP also the parameters (DeepSeek-V3 §3.1; arXiv
+1910.02054). Any axis may be 1, and one device runs the same code.
 """
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -17,34 +17,20 @@ from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsv3_jax.config import MeshConfig
+from dsv3_jax.mesh_checks import mesh_shape
 
-AXES = ("data", "expert")
+AXES = ("pipe", "data", "expert")
 
 # Logical axis -> mesh axes. Axes that are not listed are never split by name; `data` may still take
 # the largest of them when a state is sharded over the replicas (`state_spec`).
-LOGICAL_AXES: dict[str, tuple[str, ...]] = {"batch": ("data", "expert"), "experts": ("expert",)}
+Table = Mapping[str, tuple[str, ...]]
+LOGICAL_AXES: Table = {"batch": ("data", "expert"), "experts": ("expert",)}
 
 _current: ContextVar[Mesh | None] = ContextVar("mesh", default=None)
 
 
-def mesh_shape(config: MeshConfig, n_devices: int) -> tuple[int, int]:
-    """Sizes of (data, expert) on `n_devices`, with -1 resolved.
-
-    Raises:
-      ValueError: the axes do not multiply to a number of devices that exists.
-    """
-    sizes = [config.data, config.expert]
-    if -1 in sizes:
-        known = math.prod(size for size in sizes if size != -1)
-        sizes = [n_devices // known if size == -1 else size for size in sizes]
-    if math.prod(sizes) > n_devices or math.prod(sizes) < 1:
-        wanted = f"data={config.data} x expert={config.expert}"
-        raise ValueError(f"a mesh of {wanted} does not fit {n_devices} devices")
-    return sizes[0], sizes[1]
-
-
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh (data, expert) over the first devices that it needs."""
+    """The mesh (pipe, data, expert) over the first devices that it needs; `expert` has neighbours."""
     devices = jax.devices() if devices is None else list(devices)
     shape = mesh_shape(config, len(devices))
     return Mesh(np.array(devices[: math.prod(shape)]).reshape(shape), AXES)
@@ -80,14 +66,27 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
 
 
 def state_spec(
-    logical: Sequence[str | None], shape: Sequence[int], mesh: Mesh, over_data: bool
+    logical: Sequence[str | None],
+    shape: Sequence[int],
+    mesh: Mesh,
+    over_data: bool,
+    table: Table = LOGICAL_AXES,
 ) -> PartitionSpec:
     """The layout of a parameter or of its optimizer state.
 
-    `over_data` also splits the largest dimension that no name splits and that `data` divides (never
-    `layers`: the scan takes slices of it).
+    Args:
+      logical: the array's axes.
+      shape: its shape.
+      mesh: the mesh.
+      over_data: split, too, the largest dimension that no name splits and that `data` divides (never
+        `layers`: the scan takes slices of it).
+      table: logical axis -> mesh axes. A pipeline may put `layers` over `pipe`; a stack that `pipe` does not
+        divide stays whole.
     """
-    axes = [LOGICAL_AXES.get(axis) if axis else None for axis in logical]
+    axes = [table.get(axis) if axis else None for axis in logical]
+    for i, over in enumerate(axes):
+        if logical[i] == "layers" and over and shape[i] % math.prod(mesh.shape[axis] for axis in over):
+            axes[i] = None
     size = mesh.shape["data"]
     if over_data and size > 1:
         free = [
@@ -100,12 +99,12 @@ def state_spec(
     return PartitionSpec(*axes)
 
 
-def state_shardings(boxed: Any, mesh: Mesh, over_data: bool) -> Any:
+def state_shardings(boxed: Any, mesh: Mesh, over_data: bool, table: Table = LOGICAL_AXES) -> Any:
     """NamedShardings for a tree of Flax-partitioned ShapeDtypeStructs, as `state_spec` lays them out."""
 
     def one(leaf: Any) -> NamedSharding:
         if isinstance(leaf, nn.Partitioned):
-            return NamedSharding(mesh, state_spec(leaf.names, leaf.value.shape, mesh, over_data))
+            return NamedSharding(mesh, state_spec(leaf.names, leaf.value.shape, mesh, over_data, table))
         return NamedSharding(mesh, PartitionSpec())
 
     return jax.tree.map(one, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))

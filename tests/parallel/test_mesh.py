@@ -7,27 +7,40 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from dsv3_jax.config import MeshConfig
+from dsv3_jax.mesh_checks import mesh_shape
 from dsv3_jax.parallel import mesh as meshes
 
 
 @pytest.mark.parametrize(
-    ("data", "expert", "devices", "expected"),
-    [(-1, 1, 8, (8, 1)), (-1, 4, 8, (2, 4)), (2, -1, 8, (2, 4)), (1, 1, 8, (1, 1)), (2, 2, 4, (2, 2))],
+    ("pipe", "data", "expert", "devices", "expected"),
+    [
+        (1, -1, 1, 8, (1, 8, 1)),
+        (1, -1, 4, 8, (1, 2, 4)),
+        (1, 2, -1, 8, (1, 2, 4)),
+        (-1, 2, 1, 8, (4, 2, 1)),
+        (2, -1, 2, 8, (2, 2, 2)),
+        (1, 1, 1, 8, (1, 1, 1)),
+        (1, 2, 2, 4, (1, 2, 2)),
+    ],
 )
-def test_shapes(data, expert, devices, expected):
-    assert meshes.mesh_shape(MeshConfig(data=data, expert=expert), devices) == expected
+def test_shapes(pipe, data, expert, devices, expected):
+    assert mesh_shape(MeshConfig(pipe=pipe, data=data, expert=expert), devices) == expected
 
 
 @pytest.mark.parametrize(("data", "expert"), [(16, 1), (4, 4), (-1, 16)])
 def test_a_mesh_larger_than_the_devices_is_refused(data, expert):
     with pytest.raises(ValueError, match=f"data={data} x expert={expert} does not fit 8 devices"):
         meshes.make_mesh(MeshConfig(data=data, expert=expert))
+    with pytest.raises(ValueError, match="pipe=-1 x data=1 x expert=-1: only one axis may be -1"):
+        meshes.make_mesh(MeshConfig(pipe=-1, data=1, expert=-1))
 
 
 def test_first_devices_in_order():
-    mesh = meshes.make_mesh(MeshConfig(data=2, expert=2))
-    assert mesh.axis_names == ("data", "expert")
-    assert [d.id for d in mesh.devices.flat] == [0, 1, 2, 3]
+    mesh = meshes.make_mesh(MeshConfig(pipe=2, data=2, expert=2))
+    assert mesh.axis_names == meshes.AXES == ("pipe", "data", "expert")
+    assert [d.id for d in mesh.devices.flat] == list(range(8))
+    assert [d.id for d in mesh.devices[1, 0]] == [4, 5]  # `expert` has neighbours.
+    assert [d.id for d in meshes.make_mesh(MeshConfig(data=2, expert=1)).devices.flat] == [0, 1]
 
 
 @pytest.mark.parametrize(
@@ -43,6 +56,14 @@ def test_first_devices_in_order():
 def test_layout_of_parameters(names, shape, over_data, expected):
     mesh = meshes.make_mesh(MeshConfig(data=2, expert=4))
     assert meshes.state_spec(names, shape, mesh, over_data) == PartitionSpec(*expected)
+
+
+@pytest.mark.parametrize(("layers", "over"), [(4, ("pipe",)), (3, None)])
+def test_layers_over_pipe_where_it_divides(layers, over):
+    mesh = meshes.make_mesh(MeshConfig(pipe=2, data=2, expert=2))
+    table = {**meshes.LOGICAL_AXES, "layers": ("pipe",)}
+    found = meshes.state_spec(("layers", "experts", "embed"), (layers, 4, 6), mesh, True, table)
+    assert found == PartitionSpec(over, ("expert",), ("data",))
 
 
 def test_activations_are_split_over_both_axes():
