@@ -1,24 +1,28 @@
 """The loss of training in FP8 beside bf16, from the same parameters and on the same text.
 
-    PYTHONPATH=. python benchmarks/fp8_loss.py [--config=configs/proxy_300m.py] [--seconds 3000]
-        [--variants bf16,fp8,coarse] [--out results.json] [--plot loss.png] [--config.FIELD=VALUE ...]
+    PYTHONPATH=. python benchmarks/fp8_loss.py [--config=configs/proxy_300m.py] [--seconds 500]
+        [--variants bf16,fp8,coarse,again] [--out results.json] [--plot loss.png] [--config.FIELD=VALUE ...]
 
-`coarse` is the control: one scale a tensor, and sums left to the tensor cores. Each variant runs in a
-process of its own, all at once, until the configuration's steps or the seconds are over. The gap is that
-of the losses smoothed over `WINDOW` steps, relative to bf16. With `--after FILE` the processes compile, and
-start when the file exists. `--add FILE` takes the variants that are not run from earlier results.
+`coarse` is the control: one scale a tensor, and sums left to the tensor cores. `again` is bf16 with another
+attention kernel, which adds in another order: how far two bf16 runs drift apart is the noise of the gap. The
+variants run one after another in one process, each as long as the seconds last, and results are written as they
+come; each one's program is compiled while the one before it trains. The gap is that of the losses smoothed over
+`WINDOW` steps, relative to bf16. `--add FILE` takes the variants that are not run from earlier results.
 """
 
 import argparse
 import json
 import os
-import subprocess
 import sys
-import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
 sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import numpy as np
 
 VARIANTS = {
     "bf16": ["train.precision=bf16"],
@@ -29,76 +33,106 @@ VARIANTS = {
         "fp8.weight_scales=tensor",
         "fp8.promotion=False",
     ],
+    "again": ["train.precision=bf16", "model.attention.implementation=cudnn"],
 }
 WINDOW = 50
-SYNC = 10  # Steps between looks at the clock.
+AHEAD = 20  # Steps that the host may be ahead of the device.
+SAVED = 200  # Steps between writings of the results.
+CLAIM = 0.25  # Percent: DeepSeek-V3, arXiv 2412.19437, section 3.3.
 
 
-def train(arguments, overrides) -> None:
-    """Trains one variant and writes its losses."""
-    import jax
+class Text:
+    """The batches and schedules of every step, on the device, made while the first program compiles."""
 
-    import train as trainer
-    from benchmarks import timing
-    from dsv3_jax.data import Loader
-    from dsv3_jax.parallel.mesh import make_mesh
-    from dsv3_jax.training import loop
+    def __init__(self, config, mesh):
+        from dsv3_jax.data import Loader
+        from dsv3_jax.training import loop
+
+        train = config.train
+        tokens = train.batch_size * train.seq_len
+        process = dict(process_index=0, process_count=1)
+        loader = Loader(config.data, split="train", seq_len=train.seq_len, seed=train.seed, **process)
+        self.source = loader.get_state()["data"]["data.source"]
+        self.passes = train.steps * train.batch_size / loader.per_pass
+        self._steps: list[tuple] = []
+
+        def put(step):
+            batch, count = loop.put_batch(config, mesh, loader.take(train.batch_size), train.batch_size)
+            return batch, count, loop.schedules_at(config, step, step * tokens)
+
+        self._steps.append(put(0))  # What a program is compiled for.
+
+        def read():
+            self._steps.extend(put(step) for step in range(1, train.steps))
+            loader.close()
+
+        self._pool = ThreadPoolExecutor(1)
+        self._all = self._pool.submit(read)
+
+    def __getitem__(self, step):
+        return self._steps[step]
+
+    def wait(self):
+        """Until every step's batch is there."""
+        self._all.result()
+
+
+def train(config, mesh, step_function, text, deadline: float, save) -> dict[str, Any]:
+    """Trains until the configuration's steps or the time are over; `save(run)` now and then."""
     from dsv3_jax.training.state import init_state
-    from dsv3_jax.training.step import make_train_step
 
-    fields = [f"--config.{field}" for field in VARIANTS[arguments.variant]]
-    config, _ = trainer.parse([f"--config={arguments.config}", *overrides, *fields])
-    mesh, sequences = make_mesh(config.mesh), config.train.batch_size
-    tokens = sequences * config.train.seq_len
-    process = dict(process_index=0, process_count=1)
-    loader = Loader(
-        config.data, split="train", seq_len=config.train.seq_len, seed=config.train.seed, **process
-    )
-    state = init_state(config, mesh)
+    state, metrics, rows = init_state(config, mesh), [], []
+    run: dict[str, Any] = {"tokens_a_step": config.train.batch_size * config.train.seq_len}
 
-    def inputs(step):
-        batch, count = loop.put_batch(config, mesh, loader.take(sequences), sequences)
-        return batch, count, loop.schedules_at(config, step, step * tokens)
+    def collect():
+        rows.extend([float(x) for x in row] for row in metrics[len(rows) :])
+        run.update(losses=rows, seconds=time.monotonic() - started)
+        save(run)
 
-    first = inputs(0)
-    step_function = make_train_step(config, mesh).lower(state, *first).compile()
-    while arguments.after and not Path(arguments.after).exists():
-        time.sleep(0.1)
-    losses, started = [], time.monotonic()
+    started = time.monotonic()
     for step in range(config.train.steps):
-        state, metrics = step_function(state, *(inputs(step) if step else first))
-        losses.append((metrics.losses.ce_loss, metrics.max_vio.mean()))
-        if step % SYNC == 0:
-            jax.block_until_ready(metrics)
-            if time.monotonic() - started > arguments.seconds:
-                break
-    losses = [[float(x) for x in pair] for pair in losses]
-    content = {"tokens_a_step": tokens, "losses": losses, "versions": timing.versions()}
-    Path(arguments.out).write_text(json.dumps(content))
+        state, found = step_function(state, *text[step])
+        metrics.append((found.losses.ce_loss, found.max_vio.mean(), found.grad_norm))
+        if step >= AHEAD:
+            metrics[step - AHEAD][0].block_until_ready()
+        if time.monotonic() > deadline:
+            break
+        if step % SAVED == SAVED - 1:
+            collect()
+    collect()
+    return run
 
 
 def smoothed(losses):
     """Means over the last `WINDOW` steps, from the first whole window on."""
-    import numpy as np
-
     total = np.cumsum([0.0, *losses])
     return (total[WINDOW:] - total[:-WINDOW]) / WINDOW
 
 
+def curves(runs: dict) -> dict:
+    """The smoothed loss of each variant that has a whole window."""
+    losses = {name: [row[0] for row in run["losses"]] for name, run in runs.items()}
+    return {name: smoothed(of) for name, of in losses.items() if len(of) >= WINDOW}
+
+
 def compare(runs: dict) -> dict:
-    """Steps that all have, and for each variant its last smoothed loss and its gap to bf16."""
-    steps = min(len(run["losses"]) for run in runs.values())
-    curves = {name: smoothed([loss for loss, _ in run["losses"][:steps]]) for name, run in runs.items()}
-    summary: dict = {"steps": steps, "window": WINDOW}
-    for name, curve in curves.items():
-        summary[name] = {"last_loss": float(curve[-1]), "last_max_vio": runs[name]["losses"][steps - 1][1]}
-        if "bf16" in curves and name != "bf16":
-            gap = curve / curves["bf16"] - 1
-            late = gap[len(gap) // 2 :]
+    """Steps, speed and last loss of each variant; its gaps to bf16 in percent, by quarters of its steps."""
+    summary: dict = {"window": WINDOW}
+    found = curves(runs)
+    for name, curve in found.items():
+        run = runs[name]
+        summary[name] = {"steps": len(run["losses"]), "last_loss": float(curve[-1])}
+        summary[name]["last_max_vio"] = run["losses"][-1][1]
+        summary[name]["milliseconds_a_step"] = 1e3 * run["seconds"] / len(run["losses"])
+        if "bf16" in found and name != "bf16":
+            both = min(len(curve), len(found["bf16"]))
+            gap = 100 * (curve[:both] / found["bf16"][:both] - 1)
+            quarters = np.array_split(gap, 4)
             summary[name] |= {
                 "last_gap": float(gap[-1]),
-                "largest_gap": float(abs(gap).max()),
-                "mean_gap_second_half": float(late.mean()),
+                "largest_gap_by_quarter": [float(abs(q).max()) for q in quarters],
+                "mean_gap_by_quarter": [float(q.mean()) for q in quarters],
+                "windows_within_claim": float((abs(gap) <= CLAIM).mean()),
             }
     return summary
 
@@ -110,18 +144,19 @@ def plot(runs: dict, path: str) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    steps = min(len(run["losses"]) for run in runs.values())
-    curves = {name: smoothed([loss for loss, _ in run["losses"][:steps]]) for name, run in runs.items()}
+    found = curves(runs)
     figure, (above, below) = plt.subplots(2, 1, sharex=True, figsize=(8, 6))
-    for name, curve in curves.items():
-        (line,) = above.plot(range(WINDOW, steps + 1), curve, label=name)
-        if name != "bf16" and "bf16" in curves:
-            gap = 100 * (curve / curves["bf16"] - 1)
-            below.plot(range(WINDOW, steps + 1), gap, color=line.get_color())
+    for name, curve in found.items():
+        steps = np.arange(len(curve)) + WINDOW
+        (line,) = above.plot(steps, curve, label="bf16 again (noise)" if name == "again" else name)
+        if name != "bf16" and "bf16" in found:
+            both = min(len(curve), len(found["bf16"]))
+            gap = 100 * (curve[:both] / found["bf16"][:both] - 1)
+            below.plot(steps[:both], gap, color=line.get_color())
     above.set_ylabel("loss, nats a token")
     below.set_ylabel("gap to bf16, %")
     below.set_xlabel(f"step (means over {WINDOW})")
-    below.axhspan(-0.25, 0.25, alpha=0.15)
+    below.axhspan(-CLAIM, CLAIM, alpha=0.15)
     above.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=100)
@@ -132,34 +167,55 @@ def main() -> None:
     parser.add_argument("--config", default="configs/proxy_300m.py")
     parser.add_argument("--seconds", type=float, default=3000)
     parser.add_argument("--variants", default=",".join(VARIANTS))
-    parser.add_argument("--variant", help="run this one, in this process")
-    parser.add_argument("--after", default="")
     parser.add_argument("--add", default="")
     parser.add_argument("--out", default="benchmarks/results/fp8_loss.json")
     parser.add_argument("--plot", default="")
     arguments, overrides = parser.parse_known_args()
-    if arguments.variant:
-        return train(arguments, overrides)
+    deadline = time.monotonic() + arguments.seconds
+
+    import train as trainer
+    from benchmarks import timing
+    from dsv3_jax.parallel.mesh import make_mesh
+    from dsv3_jax.training.state import abstract_state
+    from dsv3_jax.training.step import make_train_step
+
+    configs = {}
+    for name in arguments.variants.split(","):
+        fields = [f"--config.{field}" for field in VARIANTS[name]]
+        configs[name], _ = trainer.parse([f"--config={arguments.config}", *overrides, *fields])
+    first = next(iter(configs.values()))
+    mesh = make_mesh(first.mesh)
+    text = Text(first, mesh)
     runs = json.loads(Path(arguments.add).read_text())["runs"] if arguments.add else {}
-    started, failed = {}, []
-    with tempfile.TemporaryDirectory() as folder:
-        for name in arguments.variants.split(","):
-            out = Path(folder) / f"{name}.json"
-            command = [sys.executable, __file__, *sys.argv[1:], f"--variant={name}", f"--out={out}"]
-            environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-            started[name] = subprocess.Popen(command, env=environment), out
-        for name, (process, out) in started.items():
-            if process.wait() == 0:
-                runs[name] = json.loads(out.read_text())
-            else:
-                failed.append(name)
-    content = {"config": arguments.config, "overrides": overrides, "summary": compare(runs), "runs": runs}
-    Path(arguments.out).write_text(json.dumps(content) + "\n")
-    print(json.dumps(content["summary"], indent=1))
+    about = {
+        "config": arguments.config,
+        "overrides": overrides,
+        "versions": timing.versions(),
+        "text": text.source,
+        "passes_over_the_text": text.passes,
+    }
+
+    def save(name, run):
+        runs[name] = run
+        Path(arguments.out).write_text(json.dumps(about | {"summary": compare(runs), "runs": runs}) + "\n")
+
+    def compiled(config):
+        started = time.monotonic()
+        program = make_train_step(config, mesh).lower(abstract_state(config, mesh), *text[0]).compile()
+        return program, time.monotonic() - started
+
+    with ThreadPoolExecutor(1) as pool:
+        programs = {name: pool.submit(compiled, config) for name, config in configs.items()}
+        for name, config in configs.items():
+            program, seconds = programs[name].result()
+            text.wait()
+            left = deadline - time.monotonic()
+            print(f"{name}: compiled in {seconds:.0f} s, {left:.0f} s left", flush=True)
+            if left > 0:
+                train(config, mesh, program, text, deadline, lambda run, name=name: save(name, run))
+                print(name, json.dumps(compare(runs).get(name)), flush=True)
     if arguments.plot:
         plot(runs, arguments.plot)
-    if failed:
-        raise SystemExit(f"failed: {failed}")
 
 
 if __name__ == "__main__":
