@@ -5,9 +5,9 @@
 
 `coarse` is the control: one scale a tensor, and sums left to the tensor cores. `again` is bf16 with another
 attention kernel, which adds in another order: how far two bf16 runs drift apart is the noise of the gap. The
-variants run one after another in one process, each as long as the seconds last, and results are written as they
-come; each one's program is compiled while the one before it trains. The gap is that of the losses smoothed over
-`WINDOW` steps, relative to bf16. `--add FILE` takes the variants that are not run from earlier results.
+variants run one after another in one process, each as long as the seconds last. Results are written as they
+come, and each program is compiled while the one before it trains. The gap is that of the losses smoothed
+over `WINDOW` steps, relative to bf16. `--add FILE` takes the variants that are not run from earlier results.
 """
 
 import argparse
@@ -201,7 +201,8 @@ def main() -> None:
 
     def compiled(config):
         started = time.monotonic()
-        program = make_train_step(config, mesh).lower(abstract_state(config, mesh), *text[0]).compile()
+        step: Any = make_train_step(config, mesh)
+        program = step.lower(abstract_state(config, mesh), *text[0]).compile()
         return program, time.monotonic() - started
 
     with ThreadPoolExecutor(1) as pool:
