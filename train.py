@@ -49,9 +49,11 @@ def surroundings(config, workdir):
 
     from dsv3_jax import compilation_cache, data
     from dsv3_jax.config_checks import Problem, check_machine
+    from dsv3_jax.training import initial
 
     compilation_cache.use(Path.home() / ".cache" / "dsv3_jax" / "xla")
     found = data.check(config.data, config.model.vocab_size, config.train.seq_len)
+    found += initial.problems(config, workdir)
     return check_machine(config, len(jax.devices()), workdir) + [Problem(*problem) for problem in found]
 
 
@@ -130,8 +132,9 @@ def train(config, workdir, stop):
     from dsv3_jax.parallel.mesh import make_mesh
     from dsv3_jax.training import ema, loop, schedules
     from dsv3_jax.training.guard import Guard, TrainingDiverged
+    from dsv3_jax.training.initial import first_state
     from dsv3_jax.training.report import Report
-    from dsv3_jax.training.state import abstract_state, init_state, parameter_count, shardings
+    from dsv3_jax.training.state import abstract_state, parameter_count, shardings
     from dsv3_jax.training.step import make_train_step
 
     # 1. The parts: mesh, data, the step and the evaluation.
@@ -169,7 +172,7 @@ def train(config, workdir, stop):
         step, state, tokens = restored.step, restored.state, restored.extras["tokens"]
         guard.restore(restored.extras["guard"])
     else:
-        state = {"train": init_state(config, mesh)}
+        state = {"train": first_state(config, mesh)}
         if config.train.ema_decay:
             state["ema"] = ema.init(state["train"].params, layout)
     write_json(workdir / "config.json", dataclasses.asdict(config))
@@ -180,6 +183,8 @@ def train(config, workdir, stop):
         report.note(f"resumed at step {step}")
     elif report.dropped:
         report.note(f"no checkpoint in {workdir}: starting anew; {report.dropped} logged steps are dropped")
+    if not step and config.train.init_from:
+        report.note(f"weights of {config.train.init_from}")
 
     # 3. The loop. The host looks at a step only when the next one is on its way to the device.
     clock = {"seconds": time.perf_counter(), "tokens": tokens}

@@ -136,6 +136,8 @@ class OptimizerConfig:
 class TrainConfig:
     """The training loop."""
 
+    # First weights: a Hugging Face folder, one of `dsv3 import` or a work directory; "": random, by `seed`.
+    init_from: str = ""
     steps: int = 100
     seq_len: int = 256
     batch_size: int = 8  # Sequences an optimizer step.

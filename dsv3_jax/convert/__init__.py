@@ -4,6 +4,7 @@
     safetensors     headers read and checked, bytes read and written in place
     fp8             E4M3 with a scale for each 128x128 block
     hf_config       config.json to ModelConfig, by named properties; hf_config_write the way back
+    compare         which fields decide a model's logits, and where two models differ in them
     mapping         which tensor of a Hugging Face folder is which part of which array
     sources         where arrays come from: a Hugging Face folder, our folder, a training run, memory
     hf_folder       a Hugging Face folder, checked whole before anything is read from it

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dsv3_jax.convert import fp8, hf_config, hf_config_write, mapping, native, safetensors
+from dsv3_jax.convert import compare, fp8, hf_config, hf_config_write, mapping, native, safetensors
 from dsv3_jax.convert.errors import ConversionError
 from dsv3_jax.convert.hf_folder import DERIVED, INDEX, SCALE, SINGLE
 from dsv3_jax.convert.mapping import Layout, Tensor
@@ -173,7 +173,7 @@ def _config(source: Source, like: dict[str, Any] | None, planned: dict[str, Plan
     before = like["config"] if like else {}
     kinds = [p.dtype for p in planned.values() if p.dtype != fp8.E4M3 and p.tensor.leaf[:1] == ("params",)]
     name = str(max(kinds, key=kinds.count)) if kinds else "bfloat16"
-    if before and hf_config.same_model(hf_config.from_hf(before).config, source.config):
+    if before and compare.same_model(hf_config.from_hf(before).config, source.config):
         tree = dict(before)
     else:
         try:

@@ -4,7 +4,6 @@ The meaning of a field is that of DeepSeek's released code. `model_type` names a
 here is what its configurations leave unsaid (`IMPLIED`).
 """
 
-import dataclasses
 from typing import Any, NamedTuple
 
 from dsv3_jax.config import AttentionConfig, Config, ModelConfig, MoEConfig, MTPConfig, RopeConfig
@@ -307,36 +306,3 @@ def _quantisation(f: _Fields) -> bool:
     inner.require(tree.get("scale_fmt") in (None, "float", "ue8m0"), "scale_fmt", "unknown")
     f.problems += inner.problems
     return True
-
-
-def same_model(a: ModelConfig, b: ModelConfig) -> bool:
-    """Whether two configurations compute the same logits from the same arrays.
-
-    Balancing, initialisation and choice of implementation may differ.
-    """
-
-    def bare(config: ModelConfig) -> dict[str, Any]:
-        tree = dataclasses.asdict(config)
-        for name in ("init_std", "max_seq_len"):
-            del tree[name]
-        moe = tree["moe"]
-        if moe["n_dense_layers"] >= tree["n_layers"]:
-            tree["moe"] = None
-        else:
-            for name in [
-                n for n in moe if n.startswith("bias_") or n.endswith("_loss") or n == "implementation"
-            ]:
-                del moe[name]
-            if moe["n_groups"] == moe["topk_groups"]:
-                moe["n_groups"] = moe["topk_groups"] = moe["group_score"] = None
-        tree["mtp"] = (tree["mtp"]["depth"], tree["mtp"]["kind"] if tree["mtp"]["depth"] else None)
-        used = {"mla": (*MLA_FIELDS, "latent_norm_eps"), "gqa": ("n_kv_heads", "head_dim")}
-        kept = used.get(a.attention.kind, ("head_dim",))
-        tree["attention"] = {name: tree["attention"][name] for name in ("kind", "n_heads", *kept)}
-        if tree["rope"]["yarn_factor"] == 1:
-            tree["rope"] = {name: tree["rope"][name] for name in ("theta", "interleaved")}
-        elif config.attention.kind != "mla":
-            del tree["rope"]["yarn_mscale_all_dim"]
-        return tree
-
-    return bare(a) == bare(b)

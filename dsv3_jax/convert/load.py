@@ -31,14 +31,28 @@ def variables(source: Source, dtype: Any = None, mesh: Mesh | None = None) -> di
       mesh: every array is split as the axes of the mesh say, over `data` too; None puts all on the first
         device.
     """
-    layout = _shardings(source.config, mesh)
-    found = []
-    for path, leaf in source.leaves.items():
+    return {"params": {}, "router": {}} | mapping.nested(
+        arrays(source, _shardings(source.config, mesh), dtype).items()
+    )
+
+
+def arrays(
+    source: Source, layout: dict[mapping.Path, jax.sharding.Sharding], dtype: Any = None
+) -> dict[mapping.Path, jax.Array]:
+    """The arrays of a source that a layout names, each read to where the layout puts it.
+
+    Args:
+      source: without kept E4M3.
+      layout: sharding by path; a process reads what its own devices hold.
+      dtype: see `variables`.
+    """
+    found = {}
+    for path, sharding in layout.items():
         kind = source.dtypes[path] if dtype is None else np.dtype(dtype)
         if path[0] == "router":
             kind = np.dtype(np.float32)
-        found.append((path, _array(source, leaf, kind, layout[path])))
-    return {"params": {}, "router": {}} | mapping.nested(found)
+        found[path] = _array(source, source.leaves[path], kind, sharding)
+    return found
 
 
 @functools.lru_cache(maxsize=8)

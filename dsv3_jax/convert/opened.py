@@ -52,13 +52,14 @@ class Opened:
 
 
 @contextlib.contextmanager
-def open_source(path: str | Path, keep_fp8: bool = False) -> Iterator[Opened]:
+def open_source(path: str | Path, keep_fp8: bool = False, quick: bool = False) -> Iterator[Opened]:
     """Opens a folder, whatever it is.
 
     Args:
       path: a Hugging Face folder, a folder of `dsv3 import`, one step's checkpoint of a training run, or the
         run's work directory (its last step).
       keep_fp8: see `hf_folder.HFFolder`.
+      quick: of a training run, the contents of small files alone are verified.
 
     Raises:
       ConversionError: it is none of them, or damaged.
@@ -68,7 +69,7 @@ def open_source(path: str | Path, keep_fp8: bool = False) -> Iterator[Opened]:
         folder = NativeFolder(path)
         yield Opened("dsv3", folder, folder.huggingface)
     elif step := _checkpoint(path):
-        yield Opened("run", _run(step), None)
+        yield Opened("run", _run(step, quick), None)
     else:
         folder = HFFolder(path, keep_fp8)
         try:
@@ -97,8 +98,8 @@ def _checkpoint(path: Path) -> Path | None:
     return None
 
 
-def _run(step: Path) -> RunSource:
-    problems = integrity.problems(step)
+def _run(step: Path, quick: bool) -> RunSource:
+    problems = integrity.problems(step, quick)
     if problems:
         raise ConversionError(f"{step} is damaged", problems)
     try:

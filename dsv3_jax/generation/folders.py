@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dsv3_jax.config import DataConfig, ModelConfig
+from dsv3_jax.convert.native import EXTRAS
 from dsv3_jax.data.tokenizers import Tokenizer, load_tokenizer
 from dsv3_jax.generation.sampling import RequestError
 from dsv3_jax.pretrained import load_pretrained
@@ -73,8 +74,9 @@ def _prefix(file: Path) -> tuple[int, ...]:
 
 def tokenizer_of(folder: Path) -> str:
     """The tokenizer that belongs to a folder, as `load_tokenizer` takes it; "" if there is none."""
-    if (folder / "tokenizer.json").is_file():
-        return str(folder / "tokenizer.json")
+    for file in (folder / "tokenizer.json", folder / EXTRAS / "tokenizer.json"):  # Hugging Face's, and ours.
+        if file.is_file():
+            return str(file)
     # A work directory, or one of its checkpoints: the run's configuration names it.
     for file in (folder / "config" / "metadata", folder / "config.json"):
         try:

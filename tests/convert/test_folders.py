@@ -10,7 +10,7 @@ import pytest
 
 from dsv3_jax.cli import main
 from dsv3_jax.config import MeshConfig
-from dsv3_jax.convert import fp8, hf_config, load, mapping, native, opened
+from dsv3_jax.convert import compare, fp8, load, mapping, native, opened
 from dsv3_jax.convert.errors import ConversionError
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.pretrained import load_pretrained, save_pretrained
@@ -63,7 +63,7 @@ def test_every_tensor_where_it_belongs(tmp_path):
     """A few of each kind, by indices written out by hand."""
     tensors = folders.random_tensors(dtype=np.float32)
     config, variables = load_pretrained(folders.write(tmp_path / "hf", tensors=tensors))
-    assert hf_config.same_model(config, CONFIG)
+    assert compare.same_model(config, CONFIG)
     p, r = variables["params"], variables["router"]
     t = {name.removeprefix("model."): value for name, value in tensors.items()}
 
@@ -101,7 +101,7 @@ def test_through_memory_and_back(tmp_path, dtype, shards):
     save_pretrained(tmp_path / "b", config, variables)
     assert folders.read(tmp_path / "b") == folders.read(source)
     again, reloaded = load_pretrained(tmp_path / "b")
-    assert hf_config.same_model(again, config)
+    assert compare.same_model(again, config)
     same_arrays(reloaded, variables)
 
 

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from dsv3_jax.convert import hf_config
+from dsv3_jax.convert import compare
 from dsv3_jax.pretrained import forward, load_pretrained
 from tests.convert.generated import MSCALES, dense, latent, plain
 
@@ -29,7 +29,7 @@ QUICK: dict = {"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits(name):
     config, variables = load_pretrained(FOLDER / name)
-    assert hf_config.same_model(config, CONFIGS[name])
+    assert compare.same_model(config, CONFIGS[name])
     golden = np.load(FOLDER / name / "logits.npz")
     run = jax.jit(lambda v, t: forward(plain(config), v, t), compiler_options=QUICK)
     found, expected = np.asarray(run(variables, golden["tokens"])), golden["logits"]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax.config import AttentionConfig, ModelConfig, MoEConfig
-from dsv3_jax.convert import hf_config
+from dsv3_jax.convert import compare
 from dsv3_jax.model import Transformer
 from dsv3_jax.pretrained import forward, load_pretrained, save_pretrained
 from tests.convert import folders, generated
@@ -104,7 +104,7 @@ def test_deepseek_moe(tmp_path):
     written = generated.random_variables(config)
     save_pretrained(tmp_path / "hf", config, written)
     loaded, variables = load_pretrained(tmp_path / "hf")
-    assert hf_config.same_model(loaded, config)
+    assert compare.same_model(loaded, config)
     names = folders.read(tmp_path / "hf")
     assert names["model.layers.1.mlp.experts.7.down_proj.weight"][1] == (16, 8)
     assert names["model.layers.1.self_attn.k_proj.weight"][1] == (16, 16)
@@ -147,7 +147,7 @@ def test_v2_normalised_gates(tmp_path):
     corrected = dataclasses.replace(
         config, moe=dataclasses.replace(config.moe, normalize_gates=True, routed_scale=1.0)
     )
-    assert hf_config.same_model(loaded, corrected)
+    assert compare.same_model(loaded, corrected)
     close(ours, transformer.forward(tree, TOKENS, corrected).logits)
     close(theirs, transformer.forward(tree, TOKENS, config).logits)
     assert np.abs(ours - theirs).max() > 0.01 * np.abs(ours).max()
@@ -159,7 +159,7 @@ def test_yarn_mscale_alone(tmp_path):
     config = dataclasses.replace(config, vocab_size=24)
     changes = {"rope_scaling": {"mscale_all_dim": None}}
     loaded, ours, theirs, tree = departure(tmp_path / "hf", config, changes)
-    assert hf_config.same_model(loaded, config)
+    assert compare.same_model(loaded, config)
     close(ours, transformer.forward(tree, TOKENS, config).logits)
     plain = dataclasses.replace(config, rope=dataclasses.replace(config.rope, yarn_mscale=1.0))
     close(theirs, transformer.forward(tree, TOKENS, plain).logits)

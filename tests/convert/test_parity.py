@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax.convert import hf_config
+from dsv3_jax.convert import compare
 from dsv3_jax.pretrained import forward, load_pretrained
 from tests.convert.generated import CONFIGS, plain
 from tests.model.translate import to_oracle
@@ -75,7 +75,7 @@ def test_logits_and_gradients(name, tmp_path):
     reference = random_model(config)
     reference.save_pretrained(tmp_path)
     loaded, variables = load_pretrained(tmp_path)
-    assert hf_config.same_model(loaded, config)
+    assert compare.same_model(loaded, config)
 
     ids = np.random.default_rng(1).integers(0, config.vocab_size, (2, 9))
     expected = reference(torch.from_numpy(ids), labels=torch.from_numpy(ids))

@@ -11,7 +11,7 @@ import pytest
 from dsv3_jax import inspection
 from dsv3_jax.cli import main
 from dsv3_jax.config_checks import typed
-from dsv3_jax.convert import hf_config, hf_config_write, mapping
+from dsv3_jax.convert import compare, hf_config, hf_config_write, mapping
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 # Published totals in billions, all digits given (papers and model cards; llama.cpp prints two decimals).
@@ -113,7 +113,7 @@ def test_config_json_and_back(name):
     config = preset(name).model
     tree = json.loads(json.dumps(hf_config_write.to_hf(config)))
     back = hf_config.from_hf(tree)
-    assert hf_config.same_model(back.config, config)
+    assert compare.same_model(back.config, config)
     assert not back.notes
     assert back.config.max_seq_len == config.max_seq_len
 
