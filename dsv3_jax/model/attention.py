@@ -1,15 +1,13 @@
 """What MLA replaces, behind the same interface: MHA, GQA (arXiv 2305.13245), MQA (arXiv 1911.02150)."""
 
-from typing import Any
-
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import AttentionConfig, FP8Config, ModelConfig
+from dsv3_jax.model.attend import attend
 from dsv3_jax.model.layers import linear, weight
 from dsv3_jax.model.mla import MLA
 from dsv3_jax.model.rope import Rotation, rotate, softmax_scale
-from pallas_kernels import mla_attention
 
 
 def kv_heads(config: AttentionConfig) -> int:
@@ -34,13 +32,14 @@ def grouped_query_attention(
     q = linear(h, w["w_q"], recipe)
     k = linear(h, w["w_k"], recipe)
     v = linear(h, w["w_v"], recipe)
-    out: Any = mla_attention(  # Without its log-sum-exp: one array.
+    out = attend(
         rotate(q, turn, config.rope.interleaved),
         rotate(k, turn, config.rope.interleaved),
         v,
-        scale=softmax_scale(config.rope, q.shape[-1]),
-        segment_ids=segment_ids,
-        implementation=config.attention.implementation,
+        None,
+        segment_ids,
+        softmax_scale(config.rope, q.shape[-1]),
+        config.attention.implementation,
     )
     heads = out.reshape(*out.shape[:2], -1)
     w_o = w["w_o"].reshape(-1, h.shape[-1])

@@ -5,7 +5,7 @@ through a decoupled part of query and key, the key's shared by all heads. The ma
 the same input are stored as one: [W_UQ; W_QR], [W_DKV; W_KR] and [W_UK; W_UV].
 """
 
-from typing import Any, NotRequired, TypedDict
+from typing import NotRequired, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +14,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import FP8Config, ModelConfig
+from dsv3_jax.model.attend import attend
 from dsv3_jax.model.layers import RMSNorm, linear, rms_norm, weight
 from dsv3_jax.model.rope import Rotation, rotate, softmax_scale
-from pallas_kernels import mla_attention
 
 
 class MLAWeights(TypedDict):
@@ -88,15 +88,9 @@ def mla(
         q = queries(w, h, turn, config, recipe)
         c_kv, k_r = latents(w, h, turn, config, recipe)
         k_c, v = keys_values(w, c_kv, config, recipe)
-    out: Any = mla_attention(  # Without its log-sum-exp: one array.
-        q,
-        k_c,
-        v,
-        k_rope=k_r,
-        scale=softmax_scale(config.rope, q.shape[-1]),
-        segment_ids=segment_ids,
-        implementation=attention.implementation,
-    )  # eq 10: the key of head i is [k_C,i ; k_R] (eq 4)
+    scale = softmax_scale(config.rope, q.shape[-1])
+    # eq 10: the key of head i is [k_C,i ; k_R] (eq 4)
+    out = attend(q, k_c, v, k_r, segment_ids, scale, attention.implementation)
     heads = out.reshape(*out.shape[:2], -1)
     w_o = w["w_o"].reshape(-1, h.shape[-1])
     return linear(heads, w_o, recipe, power_of_two=recipe is not None and recipe.power_of_two)
