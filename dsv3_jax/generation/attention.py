@@ -12,18 +12,26 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.generation.cache import LatentCache, LayerCache, as_stored, read, write
-from dsv3_jax.model.mla import latents, queries
+from dsv3_jax.generation.linear import linear, per_head
+from dsv3_jax.model.layers import rms_norm
 from dsv3_jax.model.rope import Rotation, rotate, softmax_scale
 from pallas_kernels import mla_attention, mla_decode
 
 
 def _project(w: Any, h: Array, turn: Rotation, config: ModelConfig) -> tuple[Array, Array, Array]:
     """The queries [batch, seq, heads, d_qk] and the entries to cache, each [batch, seq, streams, ...]."""
-    if config.attention.kind == "mla":
-        c_kv, k_rope = latents(w, h, turn, config)
-        return queries(w, h, turn, config), c_kv[:, :, None], k_rope[:, :, None]
-    q, k, v = (jnp.einsum("bsd,dhe->bshe", h, w[name]) for name in ("w_q", "w_k", "w_v"))
-    return rotate(q, turn, config.rope.interleaved), v, rotate(k, turn, config.rope.interleaved)
+    a, interleaved = config.attention, config.rope.interleaved
+    if a.kind != "mla":
+        q, k, v = (jnp.einsum("bsd,dhe->bshe", h, w[name]) for name in ("w_q", "w_k", "w_v"))
+        return rotate(q, turn, interleaved), v, rotate(k, turn, interleaved)
+    rope_from = w["w_in"].shape[1] - a.qk_rope_head_dim
+    q, c_kv, k_r = jnp.split(linear(h, w["w_in"]), [rope_from - a.kv_lora_rank, rope_from], -1)
+    if "w_uq_qr" in w:
+        q = linear(rms_norm(q, w["q_norm"], a.latent_norm_eps), w["w_uq_qr"])  # DeepSeek-V3 eqs 6-8
+    q_c, q_r = jnp.split(q.reshape(*q.shape[:2], a.n_heads, -1), [a.qk_nope_head_dim], -1)
+    q = jnp.concatenate([q_c, rotate(q_r, turn, interleaved)], -1)  # eq 9
+    c_kv = rms_norm(c_kv, w["kv_norm"], a.latent_norm_eps)  # eq 1
+    return q, c_kv[:, :, None], rotate(k_r, turn, interleaved)[:, :, None]  # eq 3
 
 
 def _expand(w: Any, c_kv: Array, k_rope: Array, config: ModelConfig) -> tuple[Array, Array, Array | None]:
@@ -70,7 +78,7 @@ def expanded(
         return _join(carry, mla_attention(q, k, v, k_rope=k_r, causal=False, **shared))
 
     out, _ = jax.lax.fori_loop(0, start // block, before, (out.astype(jnp.float32), lse))
-    return jnp.einsum("bshe,hed->bsd", out.astype(h.dtype), w["w_o"]), layer
+    return linear(out.astype(h.dtype).reshape(*h.shape[:2], -1), w["w_o"]), layer
 
 
 def _join(first: tuple[Array, Array], second: Any) -> tuple[Array, Array]:
@@ -100,14 +108,13 @@ def absorbed(
     mla = config.attention.kind == "mla"
     if mla:
         q_c, q_r = jnp.split(q, [config.attention.qk_nope_head_dim], axis=-1)
-        latent = jnp.einsum("bshn,hnr->bshr", q_c, w["w_uk"])
-        q = jnp.concatenate([latent, q_r], -1)
+        q = jnp.concatenate([per_head(q_c, w["w_uk"]), q_r], -1)
     else:
         q = jnp.concatenate([jnp.zeros_like(q), q], -1)
     out = _over_streams(q, cache, layer, lengths, _scale(config))
     if mla:
-        out = jnp.einsum("bshr,hrv->bshv", out, w["w_uv"])
-    return jnp.einsum("bshe,hed->bsd", out, w["w_o"]), layer
+        out = per_head(out, w["w_uv"])
+    return linear(out.reshape(*h.shape[:2], -1), w["w_o"]), layer
 
 
 def _over_streams(q: Array, cache: LatentCache, layer: LayerCache, lengths: Array, scale: float) -> Array:

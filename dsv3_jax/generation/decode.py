@@ -13,6 +13,9 @@ from dsv3_jax.generation.cache import LatentCache
 from dsv3_jax.generation.sampling import Sampler, distribution, draw, keys, log_probability
 from dsv3_jax.generation.speculation import TOKEN, Drafts, penalised, propose, verify, window, with_seen
 from dsv3_jax.generation.weights import Weights
+from pallas_kernels import implementations
+
+BURST = 8
 
 
 @jax.tree_util.register_dataclass
@@ -170,7 +173,12 @@ class Texts(NamedTuple):
 
 
 def run(weights: Weights, state: DecodeState, config: ModelConfig, room: int) -> tuple[DecodeState, Texts]:
-    """Steps until no sequence goes on, in one `lax.while_loop`: no return to the host in between."""
+    """Steps until no sequence goes on, in one `lax.while_loop`: no return to the host in between.
+
+    On a GPU the host must read the loop's condition, and waits for the device to do so: there `BURST` steps
+    go between two readings. Steps past the end of all texts change nothing.
+    """
+    burst = BURST if implementations.platform() == "gpu" else 1
     batch, drafts = state.left.shape[0], state.hidden.shape[1] // 2
     zeros = jnp.zeros((batch, room), jnp.int32)
     texts = Texts(
@@ -197,4 +205,7 @@ def run(weights: Weights, state: DecodeState, config: ModelConfig, room: int) ->
             texts.finite & emitted.finite,
         )
 
-    return jax.lax.while_loop(lambda carry: carry[0].active.any(), one, (state, texts))
+    def several(carry: tuple[DecodeState, Texts]) -> tuple[DecodeState, Texts]:
+        return jax.lax.fori_loop(0, burst, lambda _, carry: one(carry), carry)
+
+    return jax.lax.while_loop(lambda carry: carry[0].active.any(), several, (state, texts))

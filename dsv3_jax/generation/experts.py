@@ -1,47 +1,48 @@
 """The DeepSeekMoE layer in generation: what a token costs is the experts that it chooses."""
 
+import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import MoEConfig
 from dsv3_jax.model.experts import experts_on_rows
-from dsv3_jax.model.layers import ffn, swiglu
+from dsv3_jax.model.layers import swiglu
 from dsv3_jax.model.router import route
+from pallas_kernels.gather_matvec import gather_matvec
 
 
 def moe(w: Any, u: Float[Array, "batch seq d"], config: MoEConfig) -> Float[Array, "batch seq d"]:
-    """`FFN_shared(u) + sum_i g_i FFN_i(u)` (DeepSeek-V3 eq 12), without the residual."""
+    """`FFN_shared(u) + sum_i g_i FFN_i(u)` (DeepSeek-V3 eq 12), without the residual.
+
+    The shared experts come after the routed ones in `w` (`weights.prepare`): everybody chooses them, with
+    gate 1.
+    """
     routing = route(u, w["centroids"], w["bias"], config)
     x, indices, gates = (part.reshape(-1, part.shape[-1]) for part in (u, routing.indices, routing.gates))
-    if indices.size <= config.n_experts:
+    few = indices.size <= config.n_experts
+    if config.n_shared:
+        shared = config.n_experts + jnp.arange(config.n_shared, dtype=indices.dtype)
+        indices = jnp.concatenate([indices, jnp.broadcast_to(shared, (len(x), config.n_shared))], -1)
+        gates = jnp.pad(gates, ((0, 0), (0, config.n_shared)), constant_values=1.0)
+    if few:
         out = chosen_experts(x, indices, gates, w["gate_up"], w["down"])
     else:
         out = experts_on_rows(x, indices, gates, w["gate_up"], w["down"], config.implementation)
-    out = out.reshape(u.shape)
-    if config.n_shared:
-        out = out + ffn(u, w["shared"]["gate_up"], w["shared"]["down"])
-    return out
+    return out.reshape(u.shape)
 
 
 def chosen_experts(
     x: Float[Array, "tokens d"],
-    indices: Int[Array, "tokens top_k"],
-    gates: Float[Array, "tokens top_k"],
+    indices: Int[Array, "tokens choices"],
+    gates: Float[Array, "tokens choices"],
     gate_up: Float[Array, "experts d two_f"],
     down: Float[Array, "experts f d"],
 ) -> Float[Array, "tokens d"]:
     """sum_i g_i FFN_i(x), choice by choice: it reads the weights of the experts chosen, no others."""
-    out = []
-    for token in range(x.shape[0]):
-        total = jnp.zeros((1, x.shape[1]), jnp.float32)
-        for choice in range(indices.shape[1]):
-            expert = indices[token, choice]
-            first = jax.lax.dynamic_index_in_dim(gate_up, expert, keepdims=False)
-            second = jax.lax.dynamic_index_in_dim(down, expert, keepdims=False)
-            hidden = swiglu(x[token : token + 1] @ first).astype(jnp.float32) * gates[token, choice]
-            total += jnp.matmul(hidden.astype(x.dtype), second, preferred_element_type=jnp.float32)
-        out.append(total)
-    return jnp.concatenate(out).astype(x.dtype)
+    choices, flat = indices.shape[1], indices.reshape(-1)
+    hidden = swiglu(gather_matvec(jnp.repeat(x, choices, axis=0), gate_up, flat)) * gates.reshape(-1, 1)
+    out = gather_matvec(hidden.astype(x.dtype), down, flat).reshape(*indices.shape, -1)
+    # Written as additions, which the compiler merges with what reads the sum.
+    return functools.reduce(jnp.add, (out[:, i] for i in range(choices))).astype(x.dtype)

@@ -11,9 +11,10 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.generation.attention import absorbed, expanded
 from dsv3_jax.generation.cache import LatentCache, LayerCache, places
 from dsv3_jax.generation.experts import moe
+from dsv3_jax.generation.linear import linear
 from dsv3_jax.generation.weights import Weights
 from dsv3_jax.model.attention import rope_dim
-from dsv3_jax.model.layers import ffn, rms_norm
+from dsv3_jax.model.layers import rms_norm, swiglu
 from dsv3_jax.model.rope import rotation
 
 Attend = Callable[[Any, Array, LayerCache], tuple[Array, LayerCache]]
@@ -31,7 +32,7 @@ def _block(
         with jax.named_scope("moe"):
             return x + moe(w["moe"], normal, config.moe), layer
     with jax.named_scope("dense_ffn"):
-        return x + ffn(normal, w["ffn"]["gate_up"], w["ffn"]["down"]), layer
+        return x + linear(swiglu(linear(normal, w["ffn"]["gate_up"])), w["ffn"]["down"]), layer
 
 
 def _merge(w: Any, hidden: Array, embedded: Array, config: ModelConfig) -> Array:
@@ -42,12 +43,12 @@ def _merge(w: Any, hidden: Array, embedded: Array, config: ModelConfig) -> Array
         rms_norm(embedded, w["embedding_norm"], config.norm_eps),
         rms_norm(hidden, w["hidden_norm"], config.norm_eps),
     ]
-    return jnp.concatenate(both, -1) @ w["merge"]
+    return linear(jnp.concatenate(both, -1), w["merge"])
 
 
 def head(weights: Weights, hidden: Float[Array, "*batch d"]) -> Float[Array, "*batch vocab"]:
     """Logits in float32."""
-    return jnp.matmul(hidden, weights.head, preferred_element_type=jnp.float32)
+    return linear(hidden, weights.head, wide=True)
 
 
 def prefill(

@@ -74,8 +74,38 @@ def _cast(tree: Any, dtype: jnp.dtype) -> Any:
 def _layer(layer: Any, config: ModelConfig, dtype: jnp.dtype) -> dict[str, Any]:
     out = _cast(layer, dtype)
     attention = out["attention"]
-    if "w_uk_uv" in attention:
-        w_uk, w_uv = jnp.split(attention.pop("w_uk_uv"), [config.attention.qk_nope_head_dim], axis=-1)
-        attention["w_uk"] = jnp.transpose(w_uk, (1, 2, 0))  # [heads, nope, rank]
-        attention["w_uv"] = jnp.transpose(w_uv, (1, 0, 2))  # [heads, rank, v]
+    attention["w_o"] = attention["w_o"].reshape(-1, config.d_model)
+    if config.attention.kind == "mla":
+        out["attention"] = _absorbed(attention, config)
+    if "moe" in out and config.moe.n_shared:
+        out["moe"] = _with_shared(out["moe"], config.moe.n_shared)
     return out
+
+
+def _absorbed(w: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
+    """The weights of MLA: what multiplies the same input in one matrix, W_UK and W_UV turned."""
+    w_uk, w_uv = jnp.split(w.pop("w_uk_uv"), [config.attention.qk_nope_head_dim], axis=-1)
+    w_uq = w.pop("w_uq_qr")
+    w_uq = w_uq.reshape(w_uq.shape[0], -1)
+    if "w_dq" in w:
+        first, w["w_uq_qr"] = w.pop("w_dq"), w_uq
+    else:
+        first = w_uq
+    return w | {
+        "w_in": jnp.concatenate([first, w.pop("w_dkv_kr")], axis=1),  # [d, q + rank + rope]
+        "w_uk": jnp.transpose(w_uk, (1, 2, 0)),  # [heads, nope, rank]
+        "w_uv": jnp.transpose(w_uv, (1, 0, 2)),  # [heads, rank, v]
+    }
+
+
+def _with_shared(w: dict[str, Any], count: int) -> dict[str, Any]:
+    """The shared experts as experts that every token chooses, after the routed ones."""
+    shared = w.pop("shared")
+    d = shared["gate_up"].shape[0]
+    gate, up = (half.reshape(d, count, -1) for half in jnp.split(shared["gate_up"], 2, axis=1))
+    gate_up = jnp.moveaxis(jnp.concatenate([gate, up], -1), 1, 0)  # [shared, d, 2f]
+    down = shared["down"].reshape(count, -1, d)
+    return w | {
+        "gate_up": jnp.concatenate([w["gate_up"], gate_up]),
+        "down": jnp.concatenate([w["down"], down]),
+    }

@@ -1,0 +1,53 @@
+"""Few rows, each multiplied by the matrix that it names: the products of a decode step at small batches.
+
+`out[i] = lhs[i] @ rhs[indices[i]]`. A token that has chosen its experts reads their weights and no others';
+with one group it is a matrix-vector product. The cost is that of reading `rows` matrices.
+"""
+
+import functools
+
+import jax
+from jaxtyping import Array, Float, Float32, Int
+
+from pallas_kernels import implementations
+from pallas_kernels.gather_matvec import mosaic_gpu, reference, sliced
+
+# Each module offers `product(lhs, rhs, indices)` and `unsupported` of the same arrays.
+_MODULES = {"reference": reference, "sliced": sliced, "mosaic_gpu": mosaic_gpu}
+IMPLEMENTATIONS = tuple(_MODULES)
+_PREFERENCE = {"cpu": ("sliced",), "gpu": ("mosaic_gpu", "reference"), "tpu": ("sliced",)}
+
+
+def gather_matvec(
+    lhs: Float[Array, "rows k"],
+    rhs: Float[Array, "groups k n"],
+    indices: Int[Array, " rows"],
+    *,
+    implementation: str = "auto",
+) -> Float32[Array, "rows n"]:
+    """Multiplies row i of `lhs` by `rhs[indices[i]]`, accumulated and returned in float32.
+
+    Not differentiable on every platform: it is for generation.
+
+    Args:
+      lhs: the rows.
+      rhs: the matrices, in the dtype of `lhs`.
+      indices: the matrix of each row, in `[0, groups)`.
+      implementation: `"auto"`, or one by name: `"mosaic_gpu"` (Hopper, bf16), `"sliced"` (plain JAX, a
+        product a row) or `"reference"` (gathers the matrices).
+
+    Raises:
+      ValueError: shapes do not fit, or `implementation` does not exist.
+      UnsupportedError: the named implementation cannot run this call.
+    """
+    if lhs.ndim != 2 or rhs.ndim != 3 or lhs.shape[1] != rhs.shape[1] or indices.shape != lhs.shape[:1]:
+        raise ValueError(
+            f"gather_matvec: lhs {lhs.shape}, rhs {rhs.shape} and indices {indices.shape} do not fit; "
+            "expected [rows, k], [groups, k, n] and [rows]"
+        )
+    constraints = {
+        name: functools.partial(module.unsupported, lhs, rhs, indices) for name, module in _MODULES.items()
+    }
+    chosen = implementations.choose("gather_matvec", implementation, constraints, _PREFERENCE)
+    with jax.named_scope(f"gather_matvec_{chosen}"):
+        return _MODULES[chosen].product(lhs, rhs, indices)
