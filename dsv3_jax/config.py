@@ -149,6 +149,10 @@ class TrainConfig:
     precision: str = "bf16"  # Compute in "bf16", "fp32" or "fp8" (section `fp8`); parameters are always fp32.
     remat: str = "none"  # "none", "full", "dots" or "v3": what the backward pass recomputes.
     loss_chunk: int = 0  # Positions whose logits exist at once; 0: all.
+    # How micro-batches pass the stages of `mesh.pipe`: "gpipe", "1f1b", "interleaved", "zb1p", "dualpipe" or
+    # "dualpipev"; "": one after the other, with no pipeline.
+    pipeline: str = ""
+    pipeline_chunks: int = 2  # "interleaved": stages on each rank.
     log_every: int = 10
     eval_every: int = 100  # 0: only at the end.
     eval_batches: int = 8

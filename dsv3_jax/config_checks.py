@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 from dsv3_jax import mesh_checks
 from dsv3_jax.config import Config, ModelConfig
+from dsv3_jax.pipeline.schedules import NAMES as SCHEDULES
+from dsv3_jax.pipeline.settings import problems as pipeline_problems
 
 
 class Problem(NamedTuple):
@@ -179,6 +181,7 @@ _CHOICES = {
     "train.precision": ("bf16", "fp32", "fp8"),
     "train.remat": ("none", "full", "dots", "v3"),
     "train.ema_memory": ("device", "host"),
+    "train.pipeline": ("", *SCHEDULES),
     "fp8.activation_scales": ("tile", "tensor"),
     "fp8.weight_scales": ("block", "tensor"),
     "fp8.gradient_dtype": ("e4m3", "e5m2"),
@@ -208,6 +211,7 @@ _MINIMUM = {
         "eval_batches": 1,
         "max_bad_steps": 1,
         "spike_factor": 1,
+        "pipeline_chunks": 1,
         "sample_tokens": 0,
     },
     "checkpoint": {"every": 0, "keep_last": 1, "keep_best": 0},
@@ -343,6 +347,8 @@ def check_machine(config: Config, n_devices: int, workdir: str | os.PathLike | N
     """What does not fit this machine: the mesh, the batch and the experts over it, the work directory."""
     problems = check_mesh(config, n_devices)
     if workdir is not None:
+    if not problems:  # Only a mesh that fits has ranks for a pipeline.
+        problems = [Problem(*problem) for problem in pipeline_problems(config, n_devices)]
         blocked = _unwritable(Path(workdir))
         if blocked:
             problems.append(Problem("workdir", str(workdir), blocked))

@@ -10,11 +10,23 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import MoEConfig
 from dsv3_jax.model.router import Routing
+from dsv3_jax.parallel.mesh import LOGICAL_AXES
 
 
 def _selected(indices: Int[Array, "batch seq k"], n_experts: int) -> Float[Array, "batch seq experts"]:
     """1 where a token selects the expert."""
     return jax.nn.one_hot(indices, n_experts, dtype=jnp.float32).sum(-2)
+
+
+def _over_shards(mean: Float[Array, " experts"]) -> Float[Array, " experts"]:
+    """The mean over the devices of a batch that `shard_map` has split by hand.
+
+    Of the loads alone: the loss is linear in the affinities, so its mean over devices is that of the batch.
+    """
+    split = tuple(
+        axis for axis in LOGICAL_AXES["batch"] if axis in jax.sharding.get_abstract_mesh().manual_axes
+    )
+    return jax.lax.pmean(mean, split) if split else mean
 
 
 def sequence_and_batch_losses(
@@ -28,7 +40,7 @@ def sequence_and_batch_losses(
     fraction = _selected(top, config.n_experts) * (config.n_experts / config.top_k)
     share = routing.scores / (routing.scores.sum(-1, keepdims=True) + 1e-20)  # eq 19
     by_sequence = (fraction.mean(1) * share.mean(1)).sum(-1).mean()  # eqs 17, 18 and 20
-    by_batch = (fraction.mean((0, 1)) * share.mean((0, 1))).sum()
+    by_batch = (_over_shards(fraction.mean((0, 1))) * share.mean((0, 1))).sum()
     return by_sequence, by_batch
 
 

@@ -1,9 +1,12 @@
-"""Runs any table: loss and gradients of a model in stages, under `shard_map` over one axis of the mesh.
+"""Runs any table: loss and gradients of a model in stages, inside `shard_map` over the pipeline's axis.
 
 One loop over ticks. In each, a rank switches to the kind of its cell, works on what lies in its slots, and
-values travel by `ppermute` to the next ranks' slots. The table is what the loop runs over: the program
+values travel by `ppermute` to the slots of other ranks. The table is what the loop runs over: the program
 does not grow with it. The backward of a stage is one vjp for B; I and W are two, for the input and for the
 weights. Each computes the stage's forward again from its input, so a slot holds an input and no more.
+
+Every axis of the mesh is split by hand: the functions of a model see one device's part of a micro-batch, and
+may communicate over other axes, as all ranks that differ in them alone are at the same cell.
 """
 
 from collections.abc import Callable
@@ -16,8 +19,8 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from dsv3_jax.pipeline.schedules import Op, Schedule
-from dsv3_jax.pipeline.table import Table, made_by, read_by
+from dsv3_jax.pipeline.program import Channel, Route, numbered, routes_of
+from dsv3_jax.pipeline.table import Table
 
 Tree = Any
 
@@ -25,15 +28,26 @@ Tree = Any
 class Parts(NamedTuple):
     """A model in stages; `micro` is one micro-batch, `x` an activation, of the same shape everywhere.
 
-    The loss of a step is the sum of what `body` and `head` give, over stages and micro-batches: weigh them.
+    The loss of a step is the sum of what `body` and `head` give, over stages, micro-batches and devices:
+    weigh them. Their last outputs are what else is summed, such as the load of experts.
     """
 
     # (shared, micro) -> x, before the first stage.
     embed: Callable[[Tree, Tree], jax.Array]
     # (stage's parameters, x, micro, stage's number) -> x, loss, aux.
     body: Callable[[Tree, jax.Array, Tree, jax.Array], tuple[jax.Array, jax.Array, Tree]]
-    # (shared, x, micro) -> loss, after the last stage.
-    head: Callable[[Tree, jax.Array, Tree], jax.Array]
+    # (shared, x, micro) -> loss, aux; after the last stage.
+    head: Callable[[Tree, jax.Array, Tree], tuple[jax.Array, Tree]]
+
+
+class Sums(NamedTuple):
+    """What one device has summed over its cells; gradients are float32."""
+
+    loss: jax.Array  # []
+    chunks: Tree  # Gradients, [chunk, ...] as the parameters.
+    shared: Tree
+    body: Tree  # [chunk, ...]: `body`'s third output; each is counted once, at its forward.
+    head: Tree
 
 
 class Result(NamedTuple):
@@ -42,7 +56,8 @@ class Result(NamedTuple):
     loss: jax.Array  # []
     stages: Tree  # Gradients, [stage, ...] as the parameters.
     shared: Tree
-    aux: Tree  # [stage, ...]: `body`'s third output, summed over micro-batches; each is counted once.
+    body: Tree  # [stage, ...]
+    head: Tree
 
 
 def gradients(
@@ -52,11 +67,11 @@ def gradients(
 
     Args:
       table: what every rank does, from `place`.
-      mesh: has an axis `axis` as long as the table has ranks. Other axes are left to the partitioner.
+      mesh: has an axis `axis` as long as the table has ranks. The batch is split over all others.
       parts: the model's functions.
       stages: parameters, arrays [stage, ...].
       shared: parameters of `embed` and `head`, on every rank.
-      batch: arrays [micro-batch, ...].
+      batch: arrays [micro-batch, sequences, ...].
       axis: the mesh's axis of the pipeline.
 
     Raises:
@@ -64,58 +79,76 @@ def gradients(
     """
     schedule = table.schedule
     _fits("mesh axis " + axis, mesh.shape.get(axis), schedule.n_ranks)
-    for what, tree, size in (
-        ("stages", stages, schedule.n_stages),
-        ("batch", batch, schedule.n_microbatches),
-    ):
-        for leaf in jax.tree.leaves(tree):
-            _fits(f"leading axis of {what}", leaf.shape[0] if leaf.ndim else None, size)
+    for leaf in jax.tree.leaves(stages):
+        _fits("leading axis of stages", leaf.shape[0] if leaf.ndim else None, schedule.n_stages)
     held = np.array([schedule.stages_of(rank) for rank in range(schedule.n_ranks)])
-    branches, program, hops = _program(table)
-    n_slots = {kind: max(sizes) for kind, sizes in table.n_slots.items()}
+    others = tuple(name for name in mesh.axis_names if name != axis)
 
-    def on_rank(chunks: Tree, shared: Tree, batch: Tree, program: Tree):
-        first = lambda tree: jax.tree.map(lambda leaf: leaf[0], tree)  # noqa: E731  Of the split axis: one is left.
-        runner = _Rank(parts, schedule.n_stages, first(chunks), shared, batch)
-        start = runner.start(n_slots)
-
-        def tick(state: _State, row: Tree):
-            row = jax.tree.map(lambda column: column[0], row)
-            made: tuple[_State, jax.Array, jax.Array] = lax.switch(
-                row["branch"], [runner.cell(kinds, row) for kinds in branches], state
-            )
-            state, activation, gradient = made
-            slots = {"input": state.inputs, "gradient": state.gradients}
-            sent = {"input": activation, "gradient": gradient}
-            for kind, hop in hops:
-                value = sent[kind]
-                if hop:
-                    pairs = [(rank, (rank + hop) % schedule.n_ranks) for rank in range(schedule.n_ranks)]
-                    value = lax.ppermute(value, axis, pairs)
-                slots[kind] = slots[kind].at[row[f"{kind}{hop}"]].set(value)
-            return state._replace(inputs=slots["input"], gradients=slots["gradient"]), None
-
-        end, _ = lax.scan(tick, start, program)
-        whole = lax.psum((end.loss, end.shared_grads), axis)
-        split = jax.tree.map(lambda leaf: leaf[None], (end.stage_grads, end.aux))
-        return *whole, *split
+    def on_device(chunks: Tree, shared: Tree, batch: Tree):
+        own = run(table, parts, jax.tree.map(lambda leaf: leaf[0], chunks), shared, batch, axis)
+        whole = lax.psum((own.loss, own.shared, own.head), mesh.axis_names)
+        split = (own.chunks, own.body)
+        if others:
+            split = lax.psum(split, others)
+        return *whole, *jax.tree.map(lambda leaf: leaf[None], split)
 
     mapped = jax.shard_map(
-        on_rank,
+        on_device,
         mesh=mesh,
-        in_specs=(P(axis), P(), P(), P(None, axis)),
-        out_specs=(P(), P(), P(axis), P(axis)),
-        axis_names={axis},
+        in_specs=(P(axis), P(), P(None, others)),
+        out_specs=(P(), P(), P(), P(axis), P(axis)),
         check_vma=False,
     )
     local = jax.tree.map(lambda leaf: leaf[held], stages)
-    loss, shared_grads, stage_grads, aux = mapped(local, shared, batch, program)
+    loss, shared_grads, head, stage_grads, body = mapped(local, shared, batch)
 
     def by_stage(leaf: jax.Array) -> jax.Array:
         # DualPipe holds a stage on two ranks, which this sums.
         return jnp.zeros((schedule.n_stages, *leaf.shape[2:]), leaf.dtype).at[held].add(leaf)
 
-    return Result(loss, jax.tree.map(by_stage, stage_grads), shared_grads, jax.tree.map(by_stage, aux))
+    return Result(loss, jax.tree.map(by_stage, stage_grads), shared_grads, jax.tree.map(by_stage, body), head)
+
+
+def run(table: Table, parts: Parts, chunks: Tree, shared: Tree, batch: Tree, axis: str = "pipe") -> Sums:
+    """The step of one device, to be called inside `shard_map`; nothing is summed over devices.
+
+    Args:
+      table: what every rank does.
+      parts: the model's functions.
+      chunks: parameters of the stages that this rank holds, [chunk, ...], in the order of `stages_of`.
+      shared: parameters of `embed` and `head`.
+      batch: this device's part, [micro-batch, ...].
+      axis: the pipeline's.
+
+    Raises:
+      ValueError: the batch does not fit the table.
+    """
+    schedule = table.schedule
+    for leaf in jax.tree.leaves(batch):
+        _fits("leading axis of batch", leaf.shape[0] if leaf.ndim else None, schedule.n_microbatches)
+    branches, columns, channels = numbered(table)
+    routes, pattern = routes_of(table, channels)
+    n_slots = {kind: max(sizes) for kind, sizes in table.n_slots.items()}
+    rank = lax.axis_index(axis)
+    rows = {name: jnp.asarray(column)[:, rank] for name, column in columns.items()}
+    rows["route"] = jnp.asarray(pattern)
+    own = _Rank(parts, schedule.n_stages, chunks, shared, batch)
+
+    def tick(state: _State, row: Tree):
+        made: tuple[_State, jax.Array, jax.Array] = lax.switch(
+            row["branch"], [own.cell(kinds, row) for kinds in branches], state
+        )
+        state, activation, gradient = made
+        sent = {"input": activation, "gradient": gradient}
+        # Only ranks that have something for each other meet in a tick; no other waits.
+        arrived = lax.switch(row["route"], [_travel(route, channels, axis) for route in routes], sent)
+        slots = {"input": state.inputs, "gradient": state.gradients}
+        for (kind, hop), value in zip(channels, arrived, strict=True):
+            slots[kind] = slots[kind].at[row[f"{kind}{hop}"]].set(value)
+        return state._replace(inputs=slots["input"], gradients=slots["gradient"]), None
+
+    end, _ = lax.scan(tick, own.start(n_slots), rows)
+    return Sums(end.loss, end.chunk_grads, end.shared_grads, end.body, end.head)
 
 
 def _fits(what: str, size: int | None, wanted: int) -> None:
@@ -127,13 +160,14 @@ class _State(NamedTuple):
     inputs: jax.Array  # [slot, ...]; the last slot takes what nobody waits for.
     gradients: jax.Array
     loss: jax.Array
-    stage_grads: Tree  # [chunk, ...]
+    chunk_grads: Tree  # [chunk, ...]
     shared_grads: Tree
-    aux: Tree  # [chunk, ...]
+    body: Tree  # [chunk, ...]
+    head: Tree
 
 
 class _Rank:
-    """The computations of one rank; all indices are traced."""
+    """The computations of one rank; stages, chunks and micro-batches are traced numbers."""
 
     def __init__(self, parts: Parts, n_stages: int, chunks: Tree, shared: Tree, batch: Tree):
         self._parts, self._last = parts, n_stages - 1
@@ -142,15 +176,20 @@ class _Rank:
     def start(self, n_slots: dict[str, int]) -> _State:
         micro, chunk = _pick(self._batch, 0), _pick(self._chunks, 0)
         x = jax.eval_shape(self._parts.embed, self._shared, micro)
-        _, _, aux = jax.eval_shape(self._parts.body, chunk, x, micro, jnp.int32(0))
+        _, _, body = jax.eval_shape(self._parts.body, chunk, x, micro, jnp.int32(0))
+        _, head = jax.eval_shape(self._parts.head, self._shared, x, micro)
         n_chunks = jax.tree.leaves(self._chunks)[0].shape[0]
         # Not a number until written, so that a read before a write would show.
         empty = {kind: jnp.full((size + 1, *x.shape), jnp.nan, x.dtype) for kind, size in n_slots.items()}
-        zeros = lambda tree: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), tree)  # noqa: E731
-        total = jax.tree.map(lambda leaf: jnp.zeros((n_chunks, *leaf.shape), leaf.dtype), aux)
-        loss = jnp.zeros((), jnp.float32)
+        wide = lambda tree: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), tree)  # noqa: E731
         return _State(
-            empty["input"], empty["gradient"], loss, zeros(self._chunks), zeros(self._shared), total
+            inputs=empty["input"],
+            gradients=empty["gradient"],
+            loss=jnp.zeros((), jnp.float32),
+            chunk_grads=wide(self._chunks),
+            shared_grads=wide(self._shared),
+            body=jax.tree.map(lambda leaf: jnp.zeros((n_chunks, *leaf.shape), leaf.dtype), body),
+            head=_zeros(head),
         )
 
     def cell(self, kinds: str, row: Tree) -> Callable[[_State], tuple[_State, jax.Array, jax.Array]]:
@@ -174,19 +213,27 @@ class _Rank:
         return run
 
     def _stage(self, stage: jax.Array, chunk: Tree, shared: Tree, x: jax.Array, micro: Tree):
-        x = lax.cond(stage == 0, lambda: self._parts.embed(shared, micro), lambda: x)
-        y, loss, aux = self._parts.body(chunk, x, micro, stage)
-        loss += lax.cond(
-            stage == self._last, lambda: self._parts.head(shared, y, micro), lambda: jnp.zeros(())
-        )
-        return y, loss, aux
+        """(y, loss, body's aux, head's aux)."""
+        parts = self._parts
+        x = lax.cond(stage == 0, lambda: parts.embed(shared, micro), lambda: x)
+        y, loss, body = parts.body(chunk, x, micro, stage)
+
+        def head():
+            return parts.head(shared, y, micro)
+
+        last, aux = lax.cond(stage == self._last, head, lambda: _zeros(jax.eval_shape(head)))
+        return y, loss + last, body, aux
 
     def _forward(self, before: _State, state: _State, row: Tree):
         micro = _pick(self._batch, row["f_micro"])
         chunk = _pick(self._chunks, row["f_chunk"])
-        y, loss, aux = self._stage(row["f_stage"], chunk, self._shared, before.inputs[row["f_input"]], micro)
-        total = jax.tree.map(lambda sums, new: sums.at[row["f_chunk"]].add(new), state.aux, aux)
-        return state._replace(loss=state.loss + loss, aux=total), y
+        x = before.inputs[row["f_input"]]
+        y, loss, body, head = self._stage(row["f_stage"], chunk, self._shared, x, micro)
+        return state._replace(
+            loss=state.loss + loss,
+            body=jax.tree.map(lambda sums, new: sums.at[row["f_chunk"]].add(new), state.body, body),
+            head=jax.tree.map(jnp.add, state.head, head),
+        ), y
 
     def _backward(self, kind: str, before: _State, state: _State, row: Tree):
         stage, micro = row["b_stage"], _pick(self._batch, row["b_micro"])
@@ -195,7 +242,7 @@ class _Rank:
         dy = jnp.where(stage == self._last, 0, before.gradients[row["b_gradient"]])
 
         def outputs(chunk: Tree, shared: Tree, x: jax.Array):
-            y, loss, _ = self._stage(stage, chunk, shared, x, micro)
+            y, loss, *_ = self._stage(stage, chunk, shared, x, micro)
             return y, loss
 
         one = jnp.ones((), jnp.float32)
@@ -209,61 +256,28 @@ class _Rank:
         else:
             _, back = jax.vjp(outputs, chunk, self._shared, x)
             d_chunk, d_shared, dx = back((dy, one))
-        stage_grads = jax.tree.map(
-            lambda sums, new: sums.at[row["b_chunk"]].add(new), state.stage_grads, d_chunk
+        chunk_grads = jax.tree.map(
+            lambda sums, new: sums.at[row["b_chunk"]].add(new), state.chunk_grads, d_chunk
         )
         shared_grads = jax.tree.map(jnp.add, state.shared_grads, d_shared)
-        return state._replace(stage_grads=stage_grads, shared_grads=shared_grads), dx
+        return state._replace(chunk_grads=chunk_grads, shared_grads=shared_grads), dx
+
+
+def _zeros(shapes: Tree) -> Tree:
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
 
 def _pick(tree: Tree, index: Any) -> Tree:
     return jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, index, keepdims=False), tree)
 
 
-def _program(table: Table) -> tuple[list[str], dict[str, np.ndarray], list[tuple[str, int]]]:
-    """The table as numbers.
+def _travel(route: Route, channels: list[Channel], axis: str) -> Callable[[dict[str, jax.Array]], list]:
+    def travel(sent: dict[str, jax.Array]) -> list[jax.Array]:
+        def on(kind: str, hop: int, pairs: tuple[tuple[int, int], ...]) -> jax.Array:
+            if not hop:
+                return sent[kind]
+            return lax.ppermute(sent[kind], axis, pairs) if pairs else jnp.zeros_like(sent[kind])
 
-    Returns:
-      the kinds of cells, one a branch; int32 arrays [tick, rank] by name: the branch, where the operands of
-      its forward (f_...) and backward (b_...) are, and in which slot each value arrives; the ways that values
-      take, as (kind, ranks onward), 0 for a rank's own next chunk.
-    """
-    schedule = table.schedule
-    shape = len(table.ticks), schedule.n_ranks
-    chunk_of = [{stage: c for c, stage in enumerate(schedule.stages_of(r))} for r in range(schedule.n_ranks)]
-    branches = sorted({_kinds(cell) for row in table.ticks for cell in row})
-    spare = {kind: max(sizes) for kind, sizes in table.n_slots.items()}
-    names = ["branch", *(f"{half}_{what}" for half in "fb" for what in ("stage", "chunk", "micro"))]
-    program = {name: np.zeros(shape, np.int32) for name in names}
-    program |= {name: np.full(shape, spare["input"], np.int32) for name in ("f_input", "b_input")}
-    program["b_gradient"] = np.full(shape, spare["gradient"], np.int32)
-    hops = set()
-    for tick, row in enumerate(table.ticks):
-        for rank, cell in enumerate(row):
-            program["branch"][tick, rank] = branches.index(_kinds(cell))
-            for op in cell:
-                half = "f" if op.kind == "F" else "b"
-                program[f"{half}_stage"][tick, rank] = op.stage
-                program[f"{half}_chunk"][tick, rank] = chunk_of[rank][op.stage]
-                program[f"{half}_micro"][tick, rank] = op.microbatch
-                for value in read_by(op, schedule.n_stages):
-                    program[f"{half}_{value.kind}"][tick, rank] = table.slots[value]
-                arrival = _arrival(schedule, rank, op)
-                if arrival is not None:
-                    value, target, hop = arrival
-                    hops.add((value.kind, hop))
-                    empty = np.full(shape, spare[value.kind], np.int32)
-                    program.setdefault(f"{value.kind}{hop}", empty)[tick, target] = table.slots[value]
-    return branches, program, sorted(hops)
+        return [on(*channel, pairs) for channel, pairs in zip(channels, route, strict=True)]
 
-
-def _kinds(cell: tuple[Op, ...]) -> str:
-    return "".join(op.kind for op in cell)
-
-
-def _arrival(schedule: Schedule, rank: int, op: Op):
-    value = made_by(op, schedule.n_stages)
-    if value is None:
-        return None
-    target = schedule.rank_of(value.stage, value.microbatch)
-    return value, target, (target - rank) % schedule.n_ranks
+    return travel

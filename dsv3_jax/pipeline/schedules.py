@@ -137,6 +137,11 @@ def refuse(name: str, n_ranks: int, n_microbatches: int, *, chunks: int = 2) -> 
         )
 
 
+def n_stages(name: str, n_ranks: int, chunks: int = 2) -> int:
+    """Stages of a schedule: what the model's layers are cut into."""
+    return n_ranks * {"interleaved": chunks, "dualpipev": 2}.get(name, 1)
+
+
 def stage_sizes(n_layers: int, n_stages: int) -> tuple[int, ...]:
     """Layers of each stage, as even as can be; the longer ones lie in the middle.
 

@@ -1,11 +1,11 @@
-"""The transformer in stages: its layers split as evenly as can be, for `runner.gradients`.
+"""The transformer in stages: its layers split as evenly as can be, for `runner.run`.
 
-The layout is a view: `split` takes the parameters as the whole model has them, `merge` gives gradients back
-in the same tree, so that optimizer and checkpoints do not know of stages.
+The embedding belongs to the first stage; the final norm, the head and the multi-token prediction blocks,
+which share embedding and head, to the last. Their parameters are on every rank, and used on those two.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -13,125 +13,137 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 
-from dsv3_jax.config import FP8Config, ModelConfig
 from dsv3_jax.model.attention import rope_dim
-from dsv3_jax.model.layers import RMSNorm
+from dsv3_jax.model.layers import RMSNorm, weight
 from dsv3_jax.model.rope import rotation
-from dsv3_jax.model.transformer import Block
-from dsv3_jax.pipeline.runner import Parts, Result
-from dsv3_jax.pipeline.schedules import ScheduleError, stage_sizes
+from dsv3_jax.model.transformer import REMAT, Block, Outputs, Transformer
+from dsv3_jax.pipeline.runner import Parts
+from dsv3_jax.pipeline.schedules import stage_sizes
 
 Tree = Any
-KINDS = ("dense_layers", "moe_layers")  # The two stacks of `model.Transformer`, in its order.
+STACKS = ("dense_layers", "moe_layers")  # Of `model.Transformer`, in its order.
 
 
-def split(config: ModelConfig, variables: Tree, n_stages: int) -> tuple[Tree, Tree]:
-    """(stages, shared) of a model's variables, unboxed: {"params": ..., "router": ...}.
+class HasLoss(Protocol):
+    """What a loss function returns: its parts, with what is minimised as `loss`."""
 
-    Stages with fewer layers of a kind than the longest one has are padded; what pads is never computed.
-
-    Raises:
-      ScheduleError: fewer layers than stages, or the model has MTP blocks.
-    """
-    params, router = variables["params"], variables.get("router", {})
-    stages = {}
-    for kind, where in _layers(config, n_stages).items():
-        stacks = {"params": params[kind], "router": router.get(kind, {})}
-        stages[kind] = jax.tree.map(lambda leaf, where=where: leaf[np.maximum(where, 0)], stacks)
-    return stages, {name: leaf for name, leaf in params.items() if name not in KINDS}
+    @property
+    def loss(self) -> jax.Array: ...
 
 
-def merge(config: ModelConfig, result: Result, n_stages: int) -> tuple[Tree, jax.Array]:
-    """(gradients as the model's parameters, counts [MoE layer, expert]) of what the runner returned."""
-    grads = dict(result.shared)
-    counts = jnp.zeros((0, config.moe.n_experts), jnp.int32)
-    for kind, where in _layers(config, n_stages).items():
-        real = np.flatnonzero(where.reshape(-1) >= 0)  # Stage by stage, so in the order of layers.
-        whole = lambda leaf, real=real: leaf.reshape(-1, *leaf.shape[2:])[real]  # noqa: E731
-        grads[kind] = jax.tree.map(whole, result.stages[kind]["params"])
-        if kind == "moe_layers":
-            counts = whole(result.aux)
-    return grads, counts
-
-
-def parts(
-    config: ModelConfig,
-    n_stages: int,
-    loss: Callable[[jax.Array, jax.Array, Tree], jax.Array],
-    balance_share: float,
-    *,
-    dtype: jax.typing.DTypeLike = jnp.float32,
-    mask_documents: bool = False,
-    recipe: FP8Config | None = None,
-) -> Parts:
-    """The functions of the runner for this model.
+def layers_by_stage(config: Any, n_stages: int) -> dict[str, np.ndarray]:
+    """By stack, [stage, place]: the layer's number in its stack, -1 where a place is empty.
 
     Args:
-      config: the model; without MTP.
+      config: a `ModelConfig`.
       n_stages: of the schedule.
-      loss: (hidden after the final norm, head [d, vocab], micro) -> its part of the step's loss.
-      balance_share: a micro-batch's share of the step's sequences, which weighs its balance loss.
-      dtype: of activations.
-      mask_documents: attend within equal `segment_ids` only.
-      recipe: of FP8 products.
+
+    Raises:
+      ScheduleError: fewer layers than stages.
     """
-    layers = _layers(config, n_stages)
-
-    def embed(shared: Tree, micro: Tree) -> jax.Array:
-        return shared["embedding"][micro["tokens"]].astype(dtype)
-
-    def body(stage: Tree, x: jax.Array, micro: Tree, index: jax.Array):
-        turn = rotation(config.rope, rope_dim(config.attention), micro["positions"])
-        segments = micro["segment_ids"] if mask_documents else None
-        balance, counts = jnp.zeros((), jnp.float32), jnp.zeros((0, config.moe.n_experts), jnp.int32)
-        for kind, where in layers.items():
-            block = Block(config, kind == "moe_layers", recipe=recipe)
-
-            def layer(x, operands, block=block):
-                variables, real = operands
-
-                def compute():
-                    applied: Any = block.apply(variables, x, turn, segments)
-                    y, report = applied
-                    if report is None:
-                        return y, jnp.zeros((), jnp.float32), jnp.zeros((config.moe.n_experts,), jnp.int32)
-                    return y, report.balance_loss, report.counts
-
-                skipped = jax.tree.map(
-                    lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(compute)
-                )
-                y, loss, count = lax.cond(real, compute, lambda: (x, *skipped[1:]))
-                return y, (loss, count)
-
-            x, (losses, counted) = lax.scan(layer, x, (stage[kind], jnp.asarray(where >= 0)[index]))
-            if kind == "moe_layers":
-                balance, counts = losses.sum() * balance_share, counted
-        return x, balance, counts
-
-    def head(shared: Tree, x: jax.Array, micro: Tree) -> jax.Array:
-        norm: nn.Module = RMSNorm(config.norm_eps)
-        hidden: Any = norm.apply({"params": shared["final_norm"]}, x)
-        table = shared["embedding"].T if config.tie_embeddings else shared["head"]
-        return loss(hidden, table, micro)
-
-    return Parts(embed, body, head)
-
-
-def _layers(config: ModelConfig, n_stages: int) -> dict[str, np.ndarray]:
-    """[stage, place]: the layer's number in its stack, -1 where a place is empty; by stack."""
-    if config.mtp.depth:
-        raise ScheduleError(f"model.mtp.depth = {config.mtp.depth}: no stage holds MTP blocks; set it to 0")
     sizes = stage_sizes(config.n_layers, n_stages)
     ends = np.cumsum(sizes)
     dense = min(config.moe.n_dense_layers, config.n_layers)
-    rows: dict[str, list[list[int]]] = {kind: [] for kind in KINDS}
+    rows: dict[str, list[list[int]]] = {stack: [] for stack in STACKS}
     for end, size in zip(ends, sizes, strict=True):
         numbers = range(int(end) - size, int(end))
         rows["dense_layers"].append([number for number in numbers if number < dense])
         rows["moe_layers"].append([number - dense for number in numbers if number >= dense])
     tables = {}
-    for kind, lists in rows.items():
+    for stack, lists in rows.items():
         width = max(map(len, lists))
         if width:
-            tables[kind] = np.array([row + [-1] * (width - len(row)) for row in lists])
+            tables[stack] = np.array([row + [-1] * (width - len(row)) for row in lists])
     return tables
+
+
+def parts(
+    model: Transformer,
+    n_stages: int,
+    loss: Callable[[Outputs, Tree], HasLoss],
+    balance_share: float,
+    *,
+    mask_documents: bool = False,
+    unroll: bool = False,
+) -> Parts:
+    """The functions of the runner for this model.
+
+    A stage's parameters are {stack: {"params": ..., "router": ...}} with a leading axis of places; `shared`
+    is {"params": ..., "router": ...} of all else. What `body` counts is {"balance": [], "counts": [place,
+    expert]}; what `head` counts, (what `loss` gives, counts [MTP depth, expert]).
+
+    Args:
+      model: with its precision and remat policy.
+      n_stages: of the schedule.
+      loss: (outputs after the last layer, micro) -> this micro-batch's part of the step's losses; of the
+        outputs, `balance_loss` and `counts` are those of MTP alone.
+      balance_share: of the step's sequences, the share of one micro-batch on one device: it weighs the
+        balance loss.
+      mask_documents: attend within equal `segment_ids` only.
+      unroll: layers of a stage are not a loop, so that those of an overlapped forward and backward can run
+        beside each other; the program grows with them.
+    """
+    config = model.config
+    layers = layers_by_stage(config, n_stages)
+
+    def embed(shared: Tree, micro: Tree) -> jax.Array:
+        return shared["params"]["embedding"][micro["tokens"]].astype(model.dtype)
+
+    def body(stage: Tree, x: jax.Array, micro: Tree, index: jax.Array):
+        turn = rotation(config.rope, rope_dim(config.attention), micro["positions"])
+        segments = micro["segment_ids"] if mask_documents else None
+        balance, counts = jnp.zeros((), jnp.float32), jnp.zeros((0, config.moe.n_experts), jnp.int32)
+        for stack, where in layers.items():
+            layer = _layer(model, stack == "moe_layers", turn, segments, full=bool((where >= 0).all()))
+            operands = stage[stack], jnp.asarray(where >= 0)[index]
+            x, (losses, counted) = lax.scan(layer, x, operands, unroll=where.shape[1] if unroll else 1)
+            if stack == "moe_layers":
+                balance, counts = losses.sum() * balance_share, counted
+        return x, balance, {"balance": balance, "counts": counts}
+
+    ends = _Ends(config, model.dtype, model.remat, model.recipe)
+
+    def head(shared: Tree, x: jax.Array, micro: Tree):
+        segments = micro["segment_ids"] if mask_documents else None
+        outputs: Any = ends.apply(shared, x, micro["targets"], micro["positions"], segments)
+        parts = loss(outputs, micro)
+        return parts.loss, (parts, outputs.counts)
+
+    return Parts(embed, body, head)
+
+
+def _layer(model: Transformer, moe: bool, turn: Any, segments: Any, full: bool) -> Callable:
+    """(x, (variables, real)) -> x, (balance loss, counts) of one layer; `full`: all places hold a layer."""
+    kind: Any = Block if model.remat == "none" else nn.remat(Block, policy=REMAT[model.remat])
+    block = kind(model.config, moe, recipe=model.recipe)
+    none = jnp.zeros((), jnp.float32), jnp.zeros((model.config.moe.n_experts,), jnp.int32)
+
+    def layer(x: jax.Array, operands: tuple[Tree, jax.Array]):
+        variables, real = operands
+
+        def compute():
+            y, report = block.apply(variables, x, turn, segments)
+            return y, (none if report is None else (report.balance_loss, report.counts))
+
+        return compute() if full else lax.cond(real, compute, lambda: (x, none))
+
+    return layer
+
+
+class _Ends(Transformer):
+    """The model after its layers: final norm, head and multi-token prediction, with the names it gives."""
+
+    @nn.compact
+    def __call__(self, x, targets, positions, segment_ids):  # pyright: ignore[reportIncompatibleMethodOverride]
+        config = self.config
+        shape, std = (config.vocab_size, config.d_model), config.init_std
+        embedding = weight(self, "embedding", shape, ("vocab", "embed"), std)
+        head = embedding.T
+        if not config.tie_embeddings:
+            head = weight(self, "head", shape[::-1], ("embed", "vocab"), std)
+        turn = rotation(config.rope, rope_dim(config.attention), positions)
+        hidden = RMSNorm(config.norm_eps, name="final_norm")(x)
+        later, reports = self._mtp(hidden, targets, embedding, turn, segment_ids)
+        counts = [jnp.zeros((0, config.moe.n_experts), jnp.int32), *(r.counts[None] for r in reports)]
+        balance = sum((r.balance_loss for r in reports), jnp.zeros((), jnp.float32))
+        return Outputs(hidden, tuple(later), head, jnp.concatenate(counts), balance)

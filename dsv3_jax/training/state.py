@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from dsv3_jax.config import Config
 from dsv3_jax.model import Transformer, init_variables
 from dsv3_jax.parallel.mesh import replicated, state_shardings
+from dsv3_jax.pipeline.layout import over_pipe
 from dsv3_jax.training import optimizer
 
 
@@ -51,6 +52,7 @@ def abstract_state(config: Config, mesh: Mesh) -> TrainState:
         router=jax.tree.map(lambda _: replicated(mesh), shapes.router),
         optimizer=optax.ScaleByAdamState(count=scalar, mu=moments, nu=moments),
     )
+    layout = over_pipe(layout, shapes, mesh)
     return jax.tree.map(
         lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
         shapes,

@@ -15,10 +15,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.config import Config
-from dsv3_jax.model import forward
+from dsv3_jax.model import Outputs, forward
 from dsv3_jax.model.router import max_violation, updated_bias
 from dsv3_jax.model.transformer import merge_router_counts
-from dsv3_jax.parallel.mesh import LOGICAL_AXES, replicated, use_mesh
+from dsv3_jax.parallel.mesh import LOGICAL_AXES, current_mesh, make_mesh, replicated, use_mesh
+from dsv3_jax.pipeline import step as pipeline
 from dsv3_jax.training import optimizer
 from dsv3_jax.training.losses import Batch, Losses, cross_entropy, denominators, losses
 from dsv3_jax.training.state import TrainState, abstract_state, make_model, shardings
@@ -54,6 +55,8 @@ def gradients(
       n_micro: how many count; a traced scalar during a batch-size ramp.
       mtp_weight: lambda.
     """
+    if config.train.pipeline:
+        return _pipelined(config, state, batch, mtp_weight)
     model = make_model(config)
     slots = batch["tokens"].shape[0]
     used = jnp.arange(slots)[:, None, None] < n_micro
@@ -78,6 +81,34 @@ def gradients(
         return one(0)
     start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, 0))
     return lax.fori_loop(0, n_micro, lambda i, total: jax.tree.map(jnp.add, total, one(i)), start)
+
+
+def _pipelined(
+    config: Config, state: TrainState, batch: Batch, mtp_weight: Array
+) -> tuple[Any, Losses, Int[Array, "rows experts"]]:
+    """`gradients` through the pipeline that the configuration names."""
+    mesh = current_mesh() or make_mesh(config.mesh)
+    totals = denominators(batch, config.model.mtp.depth)
+    devices = mesh.shape["data"] * mesh.shape["expert"]
+    share = 1.0 / (batch["tokens"].shape[0] * devices)  # Of a micro-batch on one device.
+
+    def loss(outputs: Outputs, micro: Batch, constants: tuple[Array, Array]) -> Losses:
+        return losses(outputs, micro, constants[0], share, constants[1], config.train.loss_chunk)
+
+    found = pipeline.gradients(
+        config.train,
+        make_model(config),
+        mesh,
+        shardings(abstract_state(config, mesh)).params,
+        {"params": state.params, "router": state.router},
+        batch,
+        (totals, mtp_weight),
+        loss,
+        mask_documents=config.data.mask_documents,
+    )
+    late, layers = found.losses, found.balance_loss
+    parts = late._replace(loss=late.loss + layers, balance_loss=late.balance_loss + layers)
+    return found.grads, parts, found.counts
 
 
 def train_step(

@@ -1,0 +1,155 @@
+"""Loss and gradients of a training step through a pipeline, on a mesh of `pipe` x `data` x `expert`."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from dsv3_jax.config import TrainConfig
+from dsv3_jax.model.transformer import Outputs, Transformer
+from dsv3_jax.parallel.mesh import LOGICAL_AXES, use_mesh
+from dsv3_jax.pipeline import layout, runner
+from dsv3_jax.pipeline.schedules import Schedule, build
+from dsv3_jax.pipeline.table import place
+from dsv3_jax.pipeline.transformer import STACKS, HasLoss, layers_by_stage, parts
+
+Tree = Any
+BATCH = LOGICAL_AXES["batch"]
+
+
+class Found(NamedTuple):
+    """Of one step, summed over micro-batches and devices."""
+
+    grads: Tree  # As the parameters, float32, in their layout.
+    losses: Any  # What `loss` gave: of the head and of multi-token prediction.
+    balance_loss: jax.Array  # Of the layers.
+    counts: jax.Array  # [rows, experts], as `Outputs.counts`.
+
+
+def gradients(
+    train: TrainConfig,
+    model: Transformer,
+    mesh: Mesh,
+    shardings: Tree,
+    variables: Tree,
+    batch: Tree,
+    constants: Tree,
+    loss: Callable[[Outputs, Tree, Tree], HasLoss],
+    *,
+    mask_documents: bool,
+) -> Found:
+    """The gradients of a step.
+
+    Args:
+      train: names the schedule.
+      model: with its precision and remat policy.
+      mesh: with the axes pipe, data and expert.
+      shardings: of the parameters.
+      variables: {"params": ..., "router": ...} of the whole model.
+      batch: arrays [micro-batch, sequences, seq].
+      constants: what `loss` needs besides, the same on every device.
+      loss: (outputs, micro, constants) -> the losses of a device's part of a micro-batch; see `parts`.
+      mask_documents: attend within documents only.
+
+    Raises:
+      ScheduleError: there is no such schedule.
+    """
+    n_micro, sequences, _ = batch["tokens"].shape
+    schedule = build(train.pipeline, mesh.shape["pipe"], n_micro, chunks=train.pipeline_chunks)
+    table = place(schedule)
+    layers = _layers_by_rank(model.config, schedule)
+    n_devices = mesh.shape["data"] * mesh.shape["expert"]
+    overlaps = any(len(cell) > 1 for cells in schedule.cells for cell in cells)
+
+    def on_device(params: Tree, router: Tree, batch: Tree, constants: Tree):
+        with use_mesh(None):
+            functions = parts(
+                model,
+                schedule.n_stages,
+                lambda outputs, micro: loss(outputs, micro, constants),
+                1 / (n_micro * n_devices),
+                mask_documents=mask_documents,
+                unroll=overlaps,
+            )
+            chunks, shared = _gathered(params, router, shardings, layers)
+            sums = runner.run(table, functions, chunks, shared, batch)
+        grads = _scattered(sums, shardings, layers)
+        everywhere = sums.head, sums.body["balance"].sum()
+        (losses, late), balance = lax.psum(everywhere, ("pipe", *BATCH))
+        counts = late
+        if "moe_layers" in layers:
+            early = layout.from_chunks(sums.body["counts"], ((),), layers["moe_layers"], BATCH)
+            counts = jnp.concatenate([early, late])
+        return Found(grads, losses, balance, counts)
+
+    specs = jax.tree.map(lambda sharding: sharding.spec, shardings)
+    mapped = jax.shard_map(
+        on_device,
+        mesh=mesh,
+        in_specs=(specs, P(), P(None, BATCH), P()),
+        out_specs=Found(specs, P(), P(), P()),
+        check_vma=False,
+    )
+    return mapped(variables["params"], variables.get("router", {}), batch, constants)
+
+
+def _layers_by_rank(config: Any, schedule: Schedule) -> dict[str, np.ndarray]:
+    """By stack, [rank, chunk, place]: the layer's number, or -1."""
+    held = np.array([schedule.stages_of(rank) for rank in range(schedule.n_ranks)])
+    return {stack: where[held] for stack, where in layers_by_stage(config, schedule.n_stages).items()}
+
+
+def _gathered(params: Tree, router: Tree, shardings: Tree, layers: dict[str, np.ndarray]):
+    """(chunks, shared) of the runner, from what a device holds."""
+    chunks = {}
+    for stack, where in layers.items():
+        biases = router.get(stack, {})
+        chunks[stack] = {
+            "params": jax.tree.map(
+                lambda leaf, at, where=where: layout.to_chunks(leaf, _axes(leaf, at), where, BATCH),
+                params[stack],
+                shardings[stack],
+            ),
+            "router": jax.tree.map(
+                lambda leaf, where=where: layout.to_chunks(leaf, ((),) * leaf.ndim, where, ()), biases
+            ),
+        }
+    rest = {
+        name: jax.tree.map(
+            lambda leaf, at: layout.gather(leaf, _axes(leaf, at), ("pipe", *BATCH)), leaves, shardings[name]
+        )
+        for name, leaves in params.items()
+        if name not in STACKS
+    }
+    return chunks, {
+        "params": rest,
+        "router": {name: leaf for name, leaf in router.items() if name not in STACKS},
+    }
+
+
+def _scattered(sums: runner.Sums, shardings: Tree, layers: dict[str, np.ndarray]) -> Tree:
+    """Gradients of what a device holds."""
+    grads = {
+        name: jax.tree.map(
+            lambda leaf, at: layout.scatter(leaf, _axes(leaf, at), ("pipe", *BATCH)), leaves, shardings[name]
+        )
+        for name, leaves in sums.shared["params"].items()
+    }
+    for stack, where in layers.items():
+        grads[stack] = jax.tree.map(
+            lambda leaf, at, where=where: layout.from_chunks(
+                leaf, layout.axes_of(at.spec, leaf.ndim - 1), where, BATCH
+            ),
+            sums.chunks[stack]["params"],
+            shardings[stack],
+        )
+    return grads
+
+
+def _axes(leaf: jax.Array, sharding: Any) -> layout.Axes:
+    return layout.axes_of(sharding.spec, leaf.ndim)
