@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.convert import export, load, opened
+from dsv3_jax.convert import export, export_plan, load, opened
 from dsv3_jax.convert.errors import ConversionError
 from dsv3_jax.convert.sources import MemorySource
 from dsv3_jax.model import Transformer
@@ -96,4 +96,4 @@ def save_pretrained(
     except ValueError as error:
         raise ConversionError("These variables are not those of the config", error.args[0]) from None
     kind = None if dtype is None else np.dtype(dtype)
-    export.write(source, Path(path), export.plan(source, dtype=kind, quantise=fp8))
+    export.write(source, Path(path), export_plan.plan(source, dtype=kind, quantise=fp8))

@@ -24,11 +24,11 @@ def add_parser(subparsers) -> None:
 def run(args: argparse.Namespace) -> int:
     from dsv3_jax.cli import _shared
 
-    _shared.on_cpu()
+    _shared.converting(args.source)
     import jax.numpy as jnp
     import numpy as np
 
-    from dsv3_jax.convert import export, native, opened
+    from dsv3_jax.convert import export, export_plan, native, opened
     from dsv3_jax.convert.errors import ConversionError
     from dsv3_jax.convert.hf_folder import extras
 
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
             small = extras(folder) if folder and folder.is_dir() else []
             arrays = source.source if dtype is None and not args.fp8 else source.dequantised()
             like = source.huggingface
-            output = export.plan(arrays, like=like, dtype=dtype, quantise=args.fp8, extras=small)
+            output = export_plan.plan(arrays, like=like, dtype=dtype, quantise=args.fp8, extras=small)
             export.write(arrays, args.target, output, progress)
     except ConversionError as error:
         return _shared.fail(error)

@@ -21,7 +21,7 @@ def add_parser(subparsers) -> None:
 def run(args: argparse.Namespace) -> int:
     from dsv3_jax.cli import _shared
 
-    _shared.on_cpu()
+    _shared.converting(args.source)
     from dsv3_jax.convert import native, opened
     from dsv3_jax.convert.errors import ConversionError
     from dsv3_jax.convert.hf_folder import extras

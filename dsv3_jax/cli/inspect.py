@@ -80,7 +80,7 @@ def _line(name: str, count) -> str:
 
 def _if_stored(config) -> list[str]:
     """Bytes of the parameters in the dtypes that they are commonly kept in."""
-    from dsv3_jax.convert import export, fp8, mapping
+    from dsv3_jax.convert import export_plan, fp8, mapping
 
     sizes = {"float32": 0, "bfloat16": 0, "E4M3 as released": 0}
     for tensor in mapping.tensors(config).values():
@@ -89,7 +89,7 @@ def _if_stored(config) -> list[str]:
         size = math.prod(tensor.shape)
         sizes["float32"] += 4 * size
         sizes["bfloat16"] += 2 * size
-        quantised = export.is_quantised(tensor)
+        quantised = export_plan.is_quantised(tensor)
         scales = 4 * math.prod(fp8.scale_shape(tensor.shape)) if quantised else size
         sizes["E4M3 as released"] += size + scales
     return ["bytes of the parameters", *(f"  {name:<26}{size:>20,}" for name, size in sizes.items())]

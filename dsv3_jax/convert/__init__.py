@@ -9,7 +9,7 @@
     sources         where arrays come from: a Hugging Face folder, our folder, a training run, memory
     hf_folder       a Hugging Face folder, checked whole before anything is read from it
     native          our folder, written from any source, resumed after a kill; native_folder reads it back
-    export          a Hugging Face folder written from any source
+    export          a Hugging Face folder written from any source; export_plan says what
     load            arrays on their devices from any source
     opened          a folder of any of these kinds
 

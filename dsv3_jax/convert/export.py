@@ -4,189 +4,25 @@ It grows as `<folder>.partial` and is renamed when whole. A file of it that was 
 written again.
 """
 
-import concurrent.futures
-import itertools
 import json
 import math
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 
-from dsv3_jax.convert import compare, fp8, hf_config, hf_config_write, mapping, native, safetensors
+from dsv3_jax.convert import fp8, mapping, native, safetensors
 from dsv3_jax.convert.errors import ConversionError
-from dsv3_jax.convert.hf_folder import DERIVED, INDEX, SCALE, SINGLE
-from dsv3_jax.convert.mapping import Layout, Tensor
+from dsv3_jax.convert.export_plan import Output, Planned
+from dsv3_jax.convert.hf_folder import INDEX, SCALE, SINGLE
+from dsv3_jax.convert.mapping import Tensor
 from dsv3_jax.convert.native_folder import NativeFolder
 from dsv3_jax.convert.sources import Dequantised, Source, rows_of
 
 SETTLED = 128 << 20  # Bytes between two requests to write what is in the page cache to the disk.
-SHARD = 5_000_000_000  # Bytes of a file, if a tensor is not larger; what transformers and releases use.
-
-
-class Planned(NamedTuple):
-    """A tensor to write.
-
-    Attributes:
-      tensor: where its values come from.
-      dtype: as written.
-      quantise: whether it becomes E4M3 here; its scales are then the tensor behind it.
-    """
-
-    tensor: Tensor
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    quantise: bool = False
-
-
-Plan = dict[str, dict[str, Planned]]  # {file: {name: tensor}}
-
-
-class Output(NamedTuple):
-    """All that a folder will hold."""
-
-    files: Plan
-    metadata: dict[str, dict[str, str]]
-    config: dict[str, Any]
-    extras: list[Path]  # Small files to copy.
-
-
-def plan(
-    source: Source,
-    *,
-    like: dict[str, Any] | None = None,
-    dtype: np.dtype | None = None,
-    quantise: bool = False,
-    shard: int = SHARD,
-    extras: list[Path] | None = None,
-) -> Output:
-    """What to write.
-
-    Args:
-      source: the arrays.
-      like: of the folder that they came from (`opened.description`): the same files, names, dtypes and
-        configuration, unless `dtype` or `quantise` ask for others.
-      dtype: of all tensors but the router bias; None keeps each as it is.
-      quantise: linear layers in E4M3 with block scales, as DeepSeek-V3 was released.
-      shard: bytes of a file.
-      extras: small files that belong to the folder.
-
-    Raises:
-      ConversionError: the model has properties that no Hugging Face class expresses.
-    """
-    changed = dtype is not None or quantise
-    if changed and any(path[0] == "scales" for path in source.leaves):
-        source = Dequantised(source)
-    _check_bias(source)
-    layout = Layout(**like["layout"]) if like else Layout()
-    tensors = mapping.tensors(source.config, layout)
-    planned: dict[str, Planned] = {}
-    for name, tensor in tensors.items():
-        planned |= _planned(source, name, tensor, dtype, quantise)
-    if like and not changed:
-        files, metadata = _as_before(planned, like)
-    else:
-        files = _shards(planned, shard)
-        metadata = {file: {"format": "pt"} for file in files}
-    kept_fp8 = any(p.dtype == fp8.E4M3 for p in planned.values())
-    return Output(files, metadata, _config(source, like, planned, kept_fp8), list(extras or []))
-
-
-def _planned(source: Source, name: str, tensor: Tensor, dtype, quantise: bool) -> dict[str, Planned]:
-    if not tensor.leaf:  # Matrices of no width.
-        return {name: Planned(tensor, dtype or np.dtype(np.float32), tensor.shape)}
-    leaf, stored = source.leaves[tensor.leaf], source.dtypes[tensor.leaf]
-    if tensor.leaf[0] == "router":
-        return {name: Planned(tensor, np.dtype(np.float32), tensor.shape)}
-    if quantise and is_quantised(tensor):
-        scale = Planned(tensor, np.dtype(np.float32), fp8.scale_shape(tensor.shape))
-        return {name: Planned(tensor, fp8.E4M3, tensor.shape, True), name + SCALE: scale}
-    found = {name: Planned(tensor, dtype or stored, tensor.shape)}
-    if stored == fp8.E4M3 and dtype is None:
-        scales = mapping.scale_leaf(leaf)
-        rows = scales.block[0] // leaf.parts
-        part = tensor.start // (leaf.block[0] // leaf.parts)
-        of_scales = Tensor(fp8.scale_shape(tensor.shape), scales.path, tensor.lead, part * rows, rows)
-        found[name + SCALE] = Planned(of_scales, np.dtype(np.float32), of_scales.shape)
-    return found
-
-
-# What DeepSeek-V3 keeps in E4M3: all linear layers but the router, the head and `eh_proj`.
-_QUANTISED = {"w_dq", "w_uq_qr", "w_dkv_kr", "w_uk_uv", "w_q", "w_k", "w_v", "w_o", "gate_up", "down"}
-
-
-def is_quantised(tensor: Tensor) -> bool:
-    """Whether a tensor is one of those that DeepSeek-V3 keeps in E4M3."""
-    return tensor.leaf[-1:] != () and tensor.leaf[-1] in _QUANTISED and len(tensor.shape) == 2
-
-
-def _check_bias(source: Source) -> None:
-    """A bias that steers the router and that the folder cannot hold would be lost in silence."""
-    if mapping.has_bias(source.config):
-        return
-    problems = []
-    for path, leaf in source.leaves.items():
-        if path[0] != "router":
-            continue
-        for lead in itertools.product(*(range(size) for size in leaf.shape[: leaf.lead])):
-            if np.any(source.read(path, lead, 0, leaf.block[0])):
-                problems.append(f"{'/'.join(path)}: is not zero, and this class of models has no router bias")
-                break
-    native.raise_if("The model cannot be written for Hugging Face", problems)
-
-
-def _as_before(planned: dict[str, Planned], like: dict[str, Any]):
-    """The files as they were; what the source no longer has (scales multiplied out) is left out."""
-    files: Plan = {}
-    for file, entry in like["files"].items():
-        files[file] = {}
-        for name, dtype in entry["tensors"]:
-            if name not in planned or DERIVED.fullmatch(name):
-                continue
-            before, now = np.dtype(dtype), planned[name]
-            keep = before == fp8.E4M3 and now.dtype != fp8.E4M3
-            files[file][name] = now if keep else now._replace(dtype=before)
-    files = {file: tensors for file, tensors in files.items() if tensors}
-    return files, {file: like["files"][file]["metadata"] for file in files}
-
-
-def _shards(planned: dict[str, Planned], limit: int) -> Plan:
-    groups: list[dict[str, Planned]] = [{}]
-    size = 0
-    for name, tensor in planned.items():
-        bytes_ = math.prod(tensor.shape) * tensor.dtype.itemsize
-        if groups[-1] and size + bytes_ > limit and not name.endswith(SCALE):
-            groups.append({})
-            size = 0
-        groups[-1][name] = tensor
-        size += bytes_
-    if len(groups) == 1:
-        return {SINGLE: groups[0]}
-    count = len(groups)
-    return {f"model-{i:05d}-of-{count:05d}.safetensors": group for i, group in enumerate(groups, start=1)}
-
-
-def _config(source: Source, like: dict[str, Any] | None, planned: dict[str, Planned], quantised: bool):
-    before = like["config"] if like else {}
-    kinds = [p.dtype for p in planned.values() if p.dtype != fp8.E4M3 and p.tensor.leaf[:1] == ("params",)]
-    name = str(max(kinds, key=kinds.count)) if kinds else "bfloat16"
-    if before and compare.same_model(hf_config.from_hf(before).config, source.config):
-        tree = dict(before)
-    else:
-        try:
-            new = hf_config_write.to_hf(source.config, fp8=quantised, dtype=name)
-        except ValueError as error:
-            raise ConversionError("The model cannot be written for Hugging Face", error.args[0]) from None
-        tree = {field: value for field, value in before.items() if field in hf_config.UNUSED} | new
-    had = "quantization_config" in tree
-    if had and not quantised:
-        del tree["quantization_config"]
-    elif quantised and not had:
-        tree |= {"quantization_config": hf_config_write.to_hf(source.config, fp8=True)["quantization_config"]}
-    return tree
 
 
 def write(source: Source, path: Path, output: Output, progress: native.Progress | None = None) -> None:
@@ -210,31 +46,11 @@ def write(source: Source, path: Path, output: Output, progress: native.Progress 
     try:
         done = _resume(folder, {file: start.hex() for file, (start, _) in headers.items()}, sizes)
         finished = sum(sizes[file] for file in done)
-        with (
-            concurrent.futures.ThreadPoolExecutor(native.WORKERS) as pool,
-            concurrent.futures.ThreadPoolExecutor(1) as settler,
-        ):
-            settling = []
-            for file, tensors in output.files.items():
-                if file in done:
-                    continue
-                descriptor = os.open(folder / file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-                waiting = 0
-                try:
-                    for count in _write_file(pool, source, descriptor, tensors, *headers[file]):
-                        finished, waiting = finished + count, waiting + count
-                        if waiting >= SETTLED:  # The disk works while the rest of the file is written.
-                            settling.append(settler.submit(os.fdatasync, descriptor))
-                            waiting = 0
-                        if progress:
-                            progress(finished, total)
-                except BaseException:
-                    settler.shutdown(cancel_futures=True)
-                    os.close(descriptor)
-                    raise
-                settling.append(settler.submit(_settle, descriptor, folder / native.JOURNAL, file))
-            for job in settling:
-                job.result()
+        todo = {file: tensors for file, tensors in output.files.items() if file not in done}
+        for count in _write_files(source, folder, todo, headers):
+            finished += count
+            if progress:
+                progress(finished, total)
         _finish(folder, output)
         os.sync()  # The data before the name.
         folder.rename(path)
@@ -262,41 +78,79 @@ def _resume(folder: Path, identity: dict[str, str], sizes: dict[str, int]) -> li
     return []
 
 
-def _settle(descriptor: int, journal: Path, file: str) -> None:
-    """Closes a file when it is on the disk, and notes that it is whole."""
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    with journal.open("a", encoding="utf-8") as out:
-        out.write(file + "\n")
+class _Growing:
+    """A file under way."""
+
+    def __init__(self, path: Path, start: bytes, jobs: int):
+        self.path, self.jobs, self.unsettled = path, jobs, 0
+        self.descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        safetensors.write_at(self.descriptor, start, 0)
+
+    def settle(self) -> None:
+        """Closes it when it is on the disk, and notes that it is whole."""
+        try:
+            os.fsync(self.descriptor)
+        finally:
+            os.close(self.descriptor)
+        with (self.path.parent / native.JOURNAL).open("a", encoding="utf-8") as journal:
+            journal.write(self.path.name + "\n")
 
 
-def _write_file(
-    pool, source: Source, file: int, tensors: dict[str, Planned], start: bytes, entries
-) -> Iterator[int]:
-    """Writes a file, its tensors at the same time; yields the bytes written as they are."""
-    safetensors.write_at(file, start, 0)
-    # One job reads what lies together, as gate and up do in our folder.
+def _write_files(source: Source, folder: Path, files: dict, headers: dict) -> Iterator[int]:
+    """Writes the files one behind the other, without a pause between them; yields the bytes written."""
+    groups = {file: _groups(tensors, headers[file][1]) for file, tensors in files.items()}
+    places = [place for of_file in groups.values() for place in of_file]
+    running: dict[Future, _Growing] = {}
+    settling: list[Future] = []
+    submitted = 0
+    with ThreadPoolExecutor(native.WORKERS) as pool, ThreadPoolExecutor(1) as settler:
+        try:
+            for file, of_file in groups.items():
+                growing = _Growing(folder / file, headers[file][0], len(of_file))
+                for group in of_file.values():
+                    submitted += 1
+                    soon = places[submitted + native.WORKERS - 1 : submitted + native.WORKERS]
+                    job = pool.submit(_write_group, source, growing.descriptor, group, soon)
+                    running[job] = growing
+                # The next file is begun when there is no job of this one left for an idle thread.
+                enough = native.WORKERS if submitted < len(places) else 0
+                while len(running) > enough:
+                    for job in wait(running, return_when=FIRST_COMPLETED).done:
+                        count = job.result()
+                        settling += _settle_some(settler, running.pop(job), count)
+                        yield count
+        except BaseException:
+            settler.shutdown(cancel_futures=True)
+            for job in running:
+                job.cancel()
+            wait(running)
+            for descriptor in {growing.descriptor for growing in running.values()}:
+                os.close(descriptor)
+            raise
+        for job in settling:
+            job.result()
+
+
+def _settle_some(settler: ThreadPoolExecutor, file: _Growing, count: int) -> list[Future]:
+    """Asks for what was written to go to the disk, which so works while the rest is written."""
+    file.jobs, file.unsettled = file.jobs - 1, file.unsettled + count
+    if not file.jobs:
+        return [settler.submit(file.settle)]
+    if file.unsettled < SETTLED:
+        return []
+    file.unsettled = 0
+    return [settler.submit(os.fdatasync, file.descriptor)]
+
+
+def _groups(tensors: dict[str, Planned], entries: dict[str, safetensors.Entry]) -> dict[tuple, list[tuple]]:
+    """A file's tensors, with those together that one job reads: what lies together, as gate and up do."""
     groups: dict[tuple, list[tuple]] = {}
     for name, planned in tensors.items():
         if name.endswith(SCALE) and tensors.get(name.removesuffix(SCALE), planned).quantise:
             continue  # Written with its tensor.
         together = groups.setdefault((planned.tensor.leaf, planned.tensor.lead), [])
         together.append((planned, entries[name], entries.get(name + SCALE)))
-    places = list(groups)
-    jobs = [
-        pool.submit(_write_group, source, file, group, places[i + native.WORKERS : i + native.WORKERS + 1])
-        for i, group in enumerate(groups.values())
-    ]
-    try:
-        for job in concurrent.futures.as_completed(jobs):
-            yield job.result()
-    except BaseException:
-        for job in jobs:
-            job.cancel()
-        concurrent.futures.wait(jobs)
-        raise
+    return groups
 
 
 def _write_group(source: Source, file: int, group: list[tuple], soon: list[tuple]) -> int:

@@ -103,7 +103,7 @@ class NativeFolder:
     def prefetch(self, path: LeafPath, lead: tuple[int, ...]) -> None:
         """Asks the system to read a block of a large leaf soon: its files are too short to be read ahead."""
         leaf, dtype, rows = self.leaves[path], self.dtypes[path], self._rows[path]
-        if rows is None:
+        if rows is None or not hasattr(os, "posix_fadvise"):
             return
         for first in range(0, leaf.block[0], rows):
             descriptor = os.open(self.path / Chunk(leaf, dtype, lead, first, first + rows).name, os.O_RDONLY)
