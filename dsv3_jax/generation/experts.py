@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import MoEConfig
 from dsv3_jax.model.experts import experts_on_rows
-from dsv3_jax.model.layers import swiglu
+from dsv3_jax.model.layers import ffn, swiglu
 from dsv3_jax.model.router import route
 from pallas_kernels.gather_matvec import gather_matvec
 
@@ -16,13 +16,13 @@ from pallas_kernels.gather_matvec import gather_matvec
 def moe(w: Any, u: Float[Array, "batch seq d"], config: MoEConfig) -> Float[Array, "batch seq d"]:
     """`FFN_shared(u) + sum_i g_i FFN_i(u)` (DeepSeek-V3 eq 12), without the residual.
 
-    The shared experts come after the routed ones in `w` (`weights.prepare`): everybody chooses them, with
-    gate 1.
+    Shared experts that `weights.prepare` has put after the routed ones are chosen by everybody, with gate 1.
     """
     routing = route(u, w["centroids"], w["bias"], config)
     x, indices, gates = (part.reshape(-1, part.shape[-1]) for part in (u, routing.indices, routing.gates))
     few = indices.size <= config.n_experts
-    if config.n_shared:
+    apart = "shared" in w
+    if config.n_shared and not apart:
         shared = config.n_experts + jnp.arange(config.n_shared, dtype=indices.dtype)
         indices = jnp.concatenate([indices, jnp.broadcast_to(shared, (len(x), config.n_shared))], -1)
         gates = jnp.pad(gates, ((0, 0), (0, config.n_shared)), constant_values=1.0)
@@ -30,7 +30,8 @@ def moe(w: Any, u: Float[Array, "batch seq d"], config: MoEConfig) -> Float[Arra
         out = chosen_experts(x, indices, gates, w["gate_up"], w["down"])
     else:
         out = experts_on_rows(x, indices, gates, w["gate_up"], w["down"], config.implementation)
-    return out.reshape(u.shape)
+    out = out.reshape(u.shape)
+    return out + ffn(u, w["shared"]["gate_up"], w["shared"]["down"]) if apart else out
 
 
 def chosen_experts(

@@ -8,6 +8,7 @@ from flax.core import meta
 from jaxtyping import Array, Float
 
 from dsv3_jax.config import ModelConfig
+from pallas_kernels import implementations
 
 # What training also reads in float32: the router and the norms.
 _WIDE = ("centroids", "bias", "scale")
@@ -28,29 +29,39 @@ class Weights(NamedTuple):
     depths: tuple[dict[str, Any], ...]
 
 
-def prepare(variables: Any, config: ModelConfig, dtype: jax.typing.DTypeLike = jnp.float32) -> Weights:
+def prepare(
+    variables: Any,
+    config: ModelConfig,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    merge_shared: bool | None = None,
+) -> Weights:
     """The variables of training (`params`, `router`) as `Weights` in `dtype`.
 
     W_UK and W_UV are split and turned so that decoding applies them to queries and outputs:
     q' = W_UK^T q_C and o = W_UV o' (DeepSeek-V2 §2.1.2). Their products with W_UQ and W_O are not formed:
     at V3's widths those have three times the elements, and decoding is bound by the bytes that it reads.
+    `merge_shared` makes the shared experts of a layer experts like the routed ones, after them.
     """
-    return _prepare(meta.unbox(dict(variables)), config, jnp.dtype(dtype))
+    if merge_shared is None:  # Fewer kernels for a GPU; a CPU would copy slices of the weights.
+        merge_shared = implementations.platform() == "gpu"
+    return _prepare(meta.unbox(dict(variables)), config, jnp.dtype(dtype), merge_shared)
 
 
-def _prepare(variables: Any, config: ModelConfig, dtype: jnp.dtype) -> Weights:
+def _prepare(variables: Any, config: ModelConfig, dtype: jnp.dtype, merge_shared: bool) -> Weights:
     params, router = variables["params"], variables.get("router", {})
     layers = []
     for stack in ("dense_layers", "moe_layers"):
         if stack in params:
             merged = _with_bias(params[stack], router.get(stack))
             for i in range(params[stack]["attention_norm"]["scale"].shape[0]):
-                layers.append(_layer(jax.tree.map(lambda leaf, i=i: leaf[i], merged), config, dtype))
+                layers.append(
+                    _layer(jax.tree.map(lambda leaf, i=i: leaf[i], merged), config, dtype, merge_shared)
+                )
     depths = []
     for k in range(1, config.mtp.depth + 1):
         part = dict(params[f"mtp_{k}"])
         block = _with_bias(part.pop("block"), router.get(f"mtp_{k}", {}).get("block"))
-        depths.append(_cast(part, dtype) | {"block": _layer(block, config, dtype)})
+        depths.append(_cast(part, dtype) | {"block": _layer(block, config, dtype, merge_shared)})
     embedding = params["embedding"].astype(dtype)
     head = embedding.T if config.tie_embeddings else params["head"].astype(dtype)
     return Weights(embedding, head, params["final_norm"]["scale"], tuple(layers), tuple(depths))
@@ -71,13 +82,13 @@ def _cast(tree: Any, dtype: jnp.dtype) -> Any:
     return {k: v.astype(jnp.float32) if k in _WIDE else _cast(v, dtype) for k, v in tree.items()}
 
 
-def _layer(layer: Any, config: ModelConfig, dtype: jnp.dtype) -> dict[str, Any]:
+def _layer(layer: Any, config: ModelConfig, dtype: jnp.dtype, merge_shared: bool) -> dict[str, Any]:
     out = _cast(layer, dtype)
     attention = out["attention"]
     attention["w_o"] = attention["w_o"].reshape(-1, config.d_model)
     if config.attention.kind == "mla":
         out["attention"] = _absorbed(attention, config)
-    if "moe" in out and config.moe.n_shared:
+    if "moe" in out and config.moe.n_shared and merge_shared:
         out["moe"] = _with_shared(out["moe"], config.moe.n_shared)
     return out
 

@@ -1,10 +1,15 @@
 """`grouped_matmul` in plain JAX at a cost in proportion to the rows: blocks of rows, group by group.
 
+Where a group has a few rows on average (a decode step), all groups are one batched product, padded to `FEW`
+rows each, unless one has more: the loops would spend their time on copies of the matrices.
+
 Two nested loops with run-time bounds, over the groups and over the blocks of one group. A block may
 run past its group's end: the product of the next group overwrites those rows, since groups are
 visited in order, and the weight gradient masks them. Not differentiated through: the op's
 `custom_vjp` calls `forward` and `wgrad`.
 """
+
+import functools
 
 import jax.numpy as jnp
 from jax import lax
@@ -25,6 +30,9 @@ def block_rows(rows: int, groups: int) -> int:
     return min(256, max(8, 1 << (half_mean - 1).bit_length()))
 
 
+FEW = 8  # Rows of a group in the batched product.
+
+
 def _bounds(group_sizes):
     ends = jnp.cumsum(group_sizes)
     return ends - group_sizes, ends
@@ -32,6 +40,27 @@ def _bounds(group_sizes):
 
 def forward(lhs, rhs, group_sizes, *, transpose_rhs, out_dtype):
     """`out[r] = lhs[r] @ rhs[group of r]`."""
+    args = (lhs, rhs, group_sizes)
+    loops = functools.partial(_loops, transpose_rhs=transpose_rhs, out_dtype=out_dtype)
+    if 2 * lhs.shape[0] > FEW * rhs.shape[0]:
+        return loops(*args)
+    batched = functools.partial(_batched, transpose_rhs=transpose_rhs, out_dtype=out_dtype)
+    return lax.cond(jnp.max(group_sizes) <= FEW, batched, loops, *args)
+
+
+def _batched(lhs, rhs, group_sizes, *, transpose_rhs, out_dtype):
+    rows, groups = lhs.shape[0], rhs.shape[0]
+    starts, ends = _bounds(group_sizes)
+    padded = jnp.take(lhs, starts[:, None] + jnp.arange(FEW), axis=0, mode="clip")
+    contract = (((2,), (2 if transpose_rhs else 1,)), ((0,), (0,)))
+    product = lax.dot_general(padded, rhs, contract, preferred_element_type=jnp.float32)
+    row = jnp.arange(rows)
+    group = jnp.minimum(jnp.sum(row[:, None] >= ends, axis=1), groups - 1)
+    found = product[group, jnp.minimum(row - starts[group], FEW - 1)].astype(out_dtype)
+    return jnp.where(row[:, None] < ends[-1], found, 0)
+
+
+def _loops(lhs, rhs, group_sizes, *, transpose_rhs, out_dtype):
     rows = lhs.shape[0]
     groups, n = rhs.shape[0], rhs.shape[1 if transpose_rhs else 2]
     block = block_rows(rows, groups)
