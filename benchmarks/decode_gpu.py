@@ -4,8 +4,8 @@
 
 The model is `configs/small_gpu.py` in bf16 with random weights, the cache is full of random entries up to
 the context, and greedy steps run in one loop on the device. First a cut-down model of the same widths is
-checked: the logits of prefill and decoding, with the kernels that "auto" chooses, against the training forward
-in float32.
+checked: the logits of prefill and decoding, with the kernels that "auto" chooses, against the training
+forward in float32.
 
 The floor of a step is its bytes over the rate of a device-to-device copy, measured in the same run: the
 weights that the batch touches (of the experts, those that so many uniform choices hit) and the cache in use.
@@ -54,7 +54,7 @@ def model_config(room: int) -> ModelConfig:
 
 
 def check(config: ModelConfig) -> dict[str, float]:
-    """Median over positions of the relative error of the logits: prefill, decoding by one and by two tokens."""
+    """Median over positions of the logits' relative error: prefill, decoding by one and by two tokens."""
     config = dataclasses.replace(config, n_layers=2, max_seq_len=256)
     rng = np.random.default_rng(0)
     text = rng.integers(0, config.vocab_size, (1, 96)).astype(np.int32)

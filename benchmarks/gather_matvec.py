@@ -2,13 +2,14 @@
 
     python benchmarks/gather_matvec.py [--splits] [--out results.json]
 
-Every call reads other matrices than the one before, more in all than the L2 cache holds. Results are checked
-against float64 first. The rival is XLA's own product of the gathered matrices. `--splits` tries other divisions of
-the work than the one that the kernel takes.
+Every call reads other matrices than the one before, more in all than the L2 cache holds. Results are
+checked against float64 first. The rival is XLA's own product of the gathered matrices. `--splits` tries other
+divisions of the work than the one that the kernel takes.
 """
 
 import argparse
 import concurrent.futures
+import functools
 import json
 import pathlib
 import statistics
@@ -55,63 +56,76 @@ def splits(rows: int, k: int, n: int) -> list[Split]:
     return found
 
 
+def programs(shape: tuple[int, int, int, int], operands: Any, every: bool) -> dict[str, Any]:
+    """Compiled calls of (lhs, rhs, indices), by name."""
+    rows, _, k, n = shape
+    rivals: dict[str, Any] = {
+        "chosen": functools.partial(gather_matvec, implementation="mosaic_gpu"),
+        "xla": functools.partial(gather_matvec, implementation="reference"),
+    }
+    for how in splits(rows, k, n) if every else ():
+        rivals[str(tuple(how))] = lambda a, b, c, how=how: mosaic_gpu.partial_sums(
+            a.astype(jnp.float32), b, c, how
+        )
+
+    def compiled(f: Any) -> Any:
+        return jax.jit(f).lower(*operands).compile()
+
+    with concurrent.futures.ThreadPoolExecutor(12) as pool:
+        jobs = {name: pool.submit(compiled, f) for name, f in rivals.items()}
+    for name, job in jobs.items():
+        if job.exception() is not None:
+            print(shape, name, str(job.exception())[:200])
+    return {name: job.result() for name, job in jobs.items() if job.exception() is None}
+
+
+def seconds(call: Any, lhs: Any, rhs: Any, indices: list[Any]) -> float:
+    """Median time of a call's kernels."""
+
+    def work() -> None:
+        for index in indices:
+            jax.block_until_ready(call(lhs, rhs, index))
+
+    work()
+    kernels = [time for _, time in timing.kernels(work)]
+    each = len(kernels) // len(indices)
+    return statistics.median(sum(kernels[i * each : (i + 1) * each]) for i in range(len(indices)))
+
+
+def measure(name: str, shape: tuple[int, int, int, int], every: bool) -> list[dict[str, Any]]:
+    """Checks and times all rivals at one shape."""
+    rows, groups, k, n = shape
+    lhs = jax.random.normal(jax.random.key(0), (rows, k), jnp.bfloat16)
+    rhs = jax.random.normal(jax.random.key(1), (groups, k, n), jnp.bfloat16)
+    rng = np.random.default_rng(0)
+    indices = [jnp.asarray(rng.choice(groups, rows, replace=False), jnp.int32) for _ in range(CALLS)]
+    wide = (np.asarray(x, np.float64) for x in (lhs, rhs[indices[0]]))
+    expected, size, out = np.einsum("rk,rkn->rn", *wide), 2 * rows * k * n, []
+    print(f"{name} {shape} {mosaic_gpu.split(rows, k, n)}, {size / 1e6:.1f} MB")
+    for rival, call in programs(shape, (lhs, rhs, indices[0]), every).items():
+        found = np.asarray(call(lhs, rhs, indices[0]), np.float64)
+        found = found.sum(1) if found.ndim == 3 else found
+        error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+        if not error < TOLERANCE:
+            raise RuntimeError(f"{name}, {rival}: relative error {error}")
+        time = seconds(call, lhs, rhs, indices)
+        out.append(
+            {"case": name, "rival": rival, "us": time * 1e6, "tbps": size / time / 1e12, "error": error}
+        )
+    for row in sorted(out, key=lambda row: row["us"]):
+        print(f"  {row['us']:7.1f} us {row['tbps']:5.2f} TB/s  {row['rival']}", flush=True)
+    return out
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("--splits", action="store_true")
     parser.add_argument("--out")
     arguments = parser.parse_args()
-    rows_out: list[dict[str, Any]] = []
-    for name, (rows, groups, k, n) in SHAPES.items():
-        lhs = jax.random.normal(jax.random.key(0), (rows, k), jnp.bfloat16)
-        rhs = jax.random.normal(jax.random.key(1), (groups, k, n), jnp.bfloat16)
-        rng = np.random.default_rng(0)
-        indices = [jnp.asarray(rng.choice(groups, rows, replace=False), jnp.int32) for _ in range(CALLS)]
-        rivals: dict[str, Any] = {
-            "chosen": lambda a, b, c: gather_matvec(a, b, c, implementation="mosaic_gpu"),
-            "xla": lambda a, b, c: gather_matvec(a, b, c, implementation="reference"),
-        }
-        if arguments.splits:
-            for how in splits(rows, k, n):
-                rivals[str(tuple(how))] = lambda a, b, c, how=how: mosaic_gpu.partial_sums(
-                    a.astype(jnp.float32), b, c, how
-                )
-        with concurrent.futures.ThreadPoolExecutor(12) as pool:
-            compiled = {
-                rival: pool.submit(lambda f=f: jax.jit(f).lower(lhs, rhs, indices[0]).compile())
-                for rival, f in rivals.items()
-            }
-        expected = np.einsum(
-            "rk,rkn->rn", np.asarray(lhs, np.float64), np.asarray(rhs[indices[0]], np.float64)
-        )
-        times = {}
-        for rival, job in compiled.items():
-            if job.exception() is not None:
-                print(name, rival, str(job.exception())[:200])
-                continue
-            call = job.result()
-            found = np.asarray(call(lhs, rhs, indices[0]), np.float64)
-            found = found.sum(1) if found.ndim == 3 else found
-            error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
-            if not error < (TOLERANCE if rival != "xla" else 1e-2):
-                raise RuntimeError(f"{name}, {rival}: relative error {error}")
-
-            def work(call=call):
-                for index in indices:
-                    jax.block_until_ready(call(lhs, rhs, index))
-
-            work()
-            kernels = [seconds for _, seconds in timing.kernels(work)]
-            each = len(kernels) // CALLS
-            times[rival] = statistics.median(sum(kernels[i * each : (i + 1) * each]) for i in range(CALLS))
-        size = 2 * rows * k * n
-        print(f"{name} {(rows, groups, k, n)} {mosaic_gpu.split(rows, k, n)}, {size / 1e6:.1f} MB")
-        for rival, seconds in sorted(times.items(), key=lambda item: item[1]):
-            print(f"  {seconds * 1e6:7.1f} us {size / seconds / 1e12:5.2f} TB/s  {rival}")
-            row = {"case": name, "rival": rival, "us": seconds * 1e6, "tbps": size / seconds / 1e12}
-            rows_out.append(row)
+    rows = [row for name, shape in SHAPES.items() for row in measure(name, shape, arguments.splits)]
     if arguments.out:
         pathlib.Path(arguments.out).write_text(
-            json.dumps({"versions": timing.versions(), "rows": rows_out}, indent=1) + "\n"
+            json.dumps({"versions": timing.versions(), "rows": rows}, indent=1) + "\n"
         )
 
 
