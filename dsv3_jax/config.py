@@ -195,6 +195,9 @@ class MeshConfig:
     expert: int = 1  # Each holds its part of the experts; the batch is split over data x expert.
     # Over `data`: "replicated", "zero1" (optimizer state is split) or "fsdp" (parameters too).
     sharding: str = "replicated"
+    # How tokens reach experts on other devices: "dense", "ragged" or "gather" (`parallel.transport`).
+    transport: str = "auto"
+    dispatch_slack: float = 1.25  # Room over a balanced load; what does not fit goes in further rounds.
 
 
 @dataclass(frozen=True)

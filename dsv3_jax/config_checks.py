@@ -187,6 +187,7 @@ _CHOICES = {
     "fp8.gradient_dtype": ("e4m3", "e5m2"),
     "fp8.swiglu_input": ("fp8", "bf16"),
     "mesh.sharding": ("replicated", "zero1", "fsdp"),
+    "mesh.transport": ("auto", "dense", "ragged", "gather"),
 }
 
 _MINIMUM = {
@@ -210,8 +211,8 @@ _MINIMUM = {
         "eval_every": 0,
         "eval_batches": 1,
         "max_bad_steps": 1,
-        "spike_factor": 1,
         "pipeline_chunks": 1,
+        "spike_factor": 1,
         "sample_tokens": 0,
     },
     "checkpoint": {"every": 0, "keep_last": 1, "keep_best": 0},
@@ -224,7 +225,13 @@ _FRACTIONS = (
     "train.ramp_until",
 )
 _BELOW_ONE = ("optimizer.b1", "optimizer.b2", "train.ema_decay")
-_POSITIVE = ("model.norm_eps", "model.attention.latent_norm_eps", "model.init_std", "optimizer.eps")
+_POSITIVE = (
+    "model.norm_eps",
+    "model.attention.latent_norm_eps",
+    "model.init_std",
+    "optimizer.eps",
+    "mesh.dispatch_slack",
+)
 
 
 def _check_choices(report: _Report) -> None:
@@ -346,9 +353,9 @@ def _check_training(report: _Report, config: Config) -> None:
 def check_machine(config: Config, n_devices: int, workdir: str | os.PathLike | None) -> list[Problem]:
     """What does not fit this machine: the mesh, the batch and the experts over it, the work directory."""
     problems = check_mesh(config, n_devices)
-    if workdir is not None:
     if not problems:  # Only a mesh that fits has ranks for a pipeline.
         problems = [Problem(*problem) for problem in pipeline_problems(config, n_devices)]
+    if workdir is not None:
         blocked = _unwritable(Path(workdir))
         if blocked:
             problems.append(Problem("workdir", str(workdir), blocked))

@@ -8,8 +8,15 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Lowest first; a module may import from its own rank only within its own package.
 RANKS = [
-    {"config", "config_checks", "mesh_checks", "compilation_cache"},
-    {"precision", "parallel.mesh"},
+    {
+        "config",
+        "config_checks",
+        "mesh_checks",
+        "compilation_cache",
+        "pipeline.schedules",
+        "pipeline.settings",
+    },
+    {"precision", "parallel.mesh", "parallel.transport", "parallel.dispatch", "parallel.exchange"},
     {"model"},
     {"parallel", "pipeline"},
     {"data", "checkpoint"},
@@ -21,7 +28,19 @@ RANKS = [
     {"cli"},
 ]
 # Siblings of one rank that may see each other.
-ALLOWED = {("config_checks", "config"), ("config_checks", "mesh_checks"), ("mesh_checks", "config")}
+ALLOWED = {
+    ("config_checks", "config"),
+    ("config_checks", "mesh_checks"),
+    ("mesh_checks", "config"),
+    ("config_checks", "pipeline.schedules"),
+    ("config_checks", "pipeline.settings"),
+    ("pipeline.settings", "config"),
+    ("pipeline.settings", "mesh_checks"),
+    ("pipeline.settings", "pipeline.schedules"),
+    ("parallel.mesh", "parallel.transport"),
+    ("parallel.exchange", "parallel.transport"),
+    ("parallel.exchange", "parallel.dispatch"),
+}
 
 
 def imports(path):

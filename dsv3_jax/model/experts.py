@@ -1,11 +1,13 @@
-"""Dropless dispatch to the routed experts and the combination of what they return.
+"""The routed experts: their products on the rows that a route brings, on one device or over a mesh axis.
 
 Token copies are sorted by expert, so that each expert's rows are consecutive, multiplied group by group,
-and put back. Both permutations are gathers in the forward and in the backward pass: a scatter-add
-would serialise on most hardware.
+and put back (`parallel.dispatch`). With experts on other devices the rows come from there and go back
+(`parallel.exchange`); what lies between is the same.
 """
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,76 +17,11 @@ from jaxtyping import Array, Float, Int
 from dsv3_jax import precision
 from dsv3_jax.config import FP8Config
 from dsv3_jax.model.layers import recompute, swiglu
-from dsv3_jax.parallel.mesh import current_mesh, spec
+from dsv3_jax.parallel.dispatch import Dispatch, combine, dispatch, plan, sort_gates
+from dsv3_jax.parallel.exchange import Exchange, Rounds, capacity, exchange, rounds
+from dsv3_jax.parallel.mesh import current_mesh, expert_wire, spec
+from dsv3_jax.parallel.transport import Wire
 from pallas_kernels import grouped_matmul
-
-
-class Dispatch(NamedTuple):
-    """How copies are laid out by expert; a copy is one of the `tokens * top_k` (token, choice) pairs."""
-
-    order: Int[Array, " copies"]  # The copy in each sorted row.
-    row: Int[Array, "tokens top_k"]  # The sorted row of each copy: the inverse of `order`.
-    group_sizes: Int[Array, " experts"]
-
-
-def plan(indices: Int[Array, "tokens top_k"], n_experts: int) -> Dispatch:
-    """Sorts the copies by expert, stably: a token's order within an expert is its order in the batch."""
-    flat = indices.reshape(-1)
-    order = jnp.argsort(flat, stable=True).astype(jnp.int32)
-    row = jnp.zeros_like(order).at[order].set(jnp.arange(flat.size, dtype=jnp.int32), unique_indices=True)
-    sizes = jnp.zeros(n_experts, jnp.int32).at[flat].add(1)
-    return Dispatch(order, row.reshape(indices.shape), sizes)
-
-
-@jax.custom_vjp
-def dispatch(x: Float[Array, "tokens d"], to: Dispatch) -> Float[Array, "copies d"]:
-    """A row for every copy, sorted by expert."""
-    return x[to.order // to.row.shape[1]]
-
-
-def _dispatch_fwd(x, to):
-    return dispatch(x, to), to
-
-
-def _dispatch_bwd(to, drows):
-    return drows[to.row].astype(jnp.float32).sum(1).astype(drows.dtype), None
-
-
-dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
-
-
-@jax.custom_vjp
-def combine(rows: Float[Array, "copies d"], to: Dispatch) -> Float[Array, "tokens d"]:
-    """The sum of each token's copies, accumulated in float32."""
-    return rows[to.row].astype(jnp.float32).sum(1).astype(rows.dtype)
-
-
-def _combine_fwd(rows, to):
-    return combine(rows, to), to
-
-
-def _combine_bwd(to, dy):
-    return dy[to.order // to.row.shape[1]], None
-
-
-combine.defvjp(_combine_fwd, _combine_bwd)
-
-
-@jax.custom_vjp
-def sort_gates(gates: Float[Array, "tokens top_k"], to: Dispatch) -> Float[Array, " copies"]:
-    """The gate of each sorted row."""
-    return gates.reshape(-1)[to.order]
-
-
-def _sort_gates_fwd(gates, to):
-    return sort_gates(gates, to), to
-
-
-def _sort_gates_bwd(to, dsorted):
-    return dsorted[to.row], None
-
-
-sort_gates.defvjp(_sort_gates_fwd, _sort_gates_bwd)
 
 
 @recompute
@@ -102,12 +39,24 @@ def experts_on_rows(
     implementation: str,
     recipe: FP8Config | None = None,
 ) -> Float[Array, "tokens d"]:
-    """sum_i g_i FFN_i(x) over the selected experts (V3 eq 12), on one device, in the dtype of x.
+    """sum_i g_i FFN_i(x) over the selected experts (V3 eq 12), all of them here, in the dtype of x."""
+    return _along(plan(indices, gate_up.shape[0]), x, gates, gate_up, down, implementation, recipe)
+
+
+def _along(
+    to: Dispatch | Exchange,
+    x: Float[Array, "tokens d"],
+    gates: Float[Array, "tokens top_k"],
+    gate_up: Float[Array, "experts d two_f"],
+    down: Float[Array, "experts f d"],
+    implementation: str,
+    recipe: FP8Config | None,
+) -> Float[Array, "tokens d"]:
+    """The experts' products on the rows of a route.
 
     The gate multiplies the hidden activation and not the output: the same sum, and the backward
     pass need not keep the outputs of the experts.
     """
-    to = plan(indices, gate_up.shape[0])
     if recipe is not None:
         return precision.ffn(x, sort_gates(gates, to), gate_up, down, to, recipe, "expert_gate_up")
     rows = dispatch(x, to)
@@ -120,6 +69,88 @@ def experts_on_rows(
     return combine(out, to)
 
 
+class _Settings(NamedTuple):
+    wire: Wire
+    groups: tuple[int, int]
+    implementation: str
+    recipe: FP8Config | None
+
+
+def experts_over_ranks(
+    x: Float[Array, "tokens d"],
+    indices: Int[Array, "tokens top_k"],
+    gates: Float[Array, "tokens top_k"],
+    gate_up: Float[Array, "experts_here d two_f"],
+    down: Float[Array, "experts_here f d"],
+    wire: Wire,
+    implementation: str,
+    recipe: FP8Config | None = None,
+    groups: tuple[int, int] = (1, 1),
+) -> Float[Array, "tokens d"]:
+    """`experts_on_rows` where each rank of a mesh axis holds its consecutive part of the experts.
+
+    Runs inside a `shard_map` over at least `wire.axis`, on every rank of it together: each sends its own
+    tokens to the ranks of their experts and gets back the sums. `groups` as of `exchange.capacity`. The
+    gradients of the weights are those of this rank's experts from the tokens of all ranks of the axis.
+    """
+    settings = _Settings(wire, groups, implementation, recipe)
+    return _in_rounds(x, gates, gate_up, down, indices, settings)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _in_rounds(x, gates, gate_up, down, indices, settings: _Settings):
+    return _in_rounds_fwd(x, gates, gate_up, down, indices, settings)[0]
+
+
+def _in_rounds_fwd(x, gates, gate_up, down, indices, settings: _Settings):
+    """The first round as any other function; the backward pass of more rounds computes them again."""
+    when, route = _routes(indices, gate_up.shape[0], settings)
+    operands = (x, gates, gate_up, down)
+    y, back = jax.vjp(functools.partial(_one, route(0), settings), *operands)
+    if when is not None:
+        y = _further(when, y, lambda number: _one(route(number), settings, *operands))
+    return y, (back, operands if when is not None else None, indices)
+
+
+def _in_rounds_bwd(settings: _Settings, saved, dy):
+    back, operands, indices = saved
+    gradients = back(dy)
+    if operands is not None:
+        when, route = _routes(indices, operands[2].shape[0], settings)
+
+        def again(number):
+            return jax.vjp(functools.partial(_one, route(number), settings), *operands)[1](dy)
+
+        gradients = _further(when, gradients, again)
+    return *gradients, None
+
+
+_in_rounds.defvjp(_in_rounds_fwd, _in_rounds_bwd)
+
+
+def _one(to: Exchange, settings: _Settings, *operands: Array) -> Array:
+    return _along(to, *operands, settings.implementation, settings.recipe)
+
+
+def _routes(indices, experts_here: int, settings: _Settings) -> tuple[Rounds | None, Callable[..., Exchange]]:
+    """(when tokens travel, None if one round always does; the route of a round by its number)."""
+    wire, n_experts = settings.wire, experts_here * settings.wire.ranks
+    room = capacity(*indices.shape, n_experts, wire, settings.groups)
+    when = rounds(indices, n_experts, wire, room)
+    route = functools.partial(exchange, indices, n_experts, wire, room, when)
+    return (when if room.rounds > 1 else None), route
+
+
+def _further(when: Rounds, first: Any, one: Callable[..., Any]) -> Any:
+    """`first` plus what the rounds after the first one give; mostly there are none."""
+
+    def body(state):
+        number, total = state
+        return number + 1, jax.tree.map(jnp.add, total, one(number))
+
+    return jax.lax.while_loop(lambda state: state[0] < when.count, body, (jnp.int32(1), first))[1]
+
+
 def routed_experts(
     u: Float[Array, "batch seq d"],
     indices: Int[Array, "batch seq top_k"],
@@ -128,20 +159,29 @@ def routed_experts(
     down: Float[Array, "experts f d"],
     implementation: str,
     recipe: FP8Config | None = None,
+    groups: tuple[int, int] = (1, 1),
 ) -> Float[Array, "batch seq d"]:
-    """`experts_on_rows` for a batch; under a mesh each device serves its own part of the batch."""
+    """The routed experts for a batch, laid out as the surrounding `use_mesh` says.
+
+    Under a mesh each device serves its own part of the batch, with the experts of its rank of `expert`. In a
+    region that is manual already, arrays are one device's: its tokens, and its part of the experts.
+    """
+    wire = expert_wire()
 
     def local(u, indices, gates, gate_up, down):
         x, to, weights = (part.reshape(-1, part.shape[-1]) for part in (u, indices, gates))
-        return experts_on_rows(x, to, weights, gate_up, down, implementation, recipe).reshape(u.shape)
+        if wire is None:
+            out = experts_on_rows(x, to, weights, gate_up, down, implementation, recipe)
+        else:
+            out = experts_over_ranks(x, to, weights, gate_up, down, wire, implementation, recipe, groups)
+        return out.reshape(u.shape)
 
     mesh = current_mesh()
     if mesh is None:
         return local(u, indices, gates, gate_up, down)
-    # Weights come in whole: every device multiplies by all experts, and shard_map's transpose sums
-    # the weight gradients over the devices.
-    batch, whole = spec("batch"), spec()
+    # shard_map's transpose sums the weight gradients over the devices that hold the same experts.
+    batch, experts = spec("batch"), spec("experts")
     mapped = jax.shard_map(
-        local, mesh=mesh, in_specs=(batch, batch, batch, whole, whole), out_specs=batch, check_vma=False
+        local, mesh=mesh, in_specs=(batch, batch, batch, experts, experts), out_specs=batch, check_vma=False
     )
     return mapped(u, indices, gates, gate_up, down)

@@ -44,9 +44,12 @@ class MoE(nn.Module):
 
         with jax.named_scope("route"):
             routing = route(u, centroids, bias.value, moe)
-        out = routed_experts(
-            u, routing.indices, routing.gates, gate_up, down, moe.implementation, self.recipe
-        )
+        # Nothing orders the shared experts after the routed ones: they run while tokens travel.
+        with jax.named_scope("routed_experts"):
+            groups = (moe.n_groups, moe.topk_groups)
+            out = routed_experts(
+                u, routing.indices, routing.gates, gate_up, down, moe.implementation, self.recipe, groups
+            )
         if moe.n_shared:
             with jax.named_scope("shared_experts"):
                 out += FFN(moe.n_shared * moe.d_ff_expert, std, self.recipe, name="shared")(u)

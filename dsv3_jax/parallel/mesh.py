@@ -9,7 +9,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsv3_jax.config import MeshConfig
 from dsv3_jax.mesh_checks import mesh_shape
+from dsv3_jax.parallel.transport import Wire, choose
 
 AXES = ("pipe", "data", "expert")
 
@@ -26,7 +27,15 @@ AXES = ("pipe", "data", "expert")
 Table = Mapping[str, tuple[str, ...]]
 LOGICAL_AXES: Table = {"batch": ("data", "expert"), "experts": ("expert",)}
 
-_current: ContextVar[Mesh | None] = ContextVar("mesh", default=None)
+
+class _Current(NamedTuple):
+    mesh: Mesh | None
+    options: MeshConfig
+    manual: bool
+
+
+_NOWHERE = _Current(None, MeshConfig(), False)
+_current: ContextVar[_Current | None] = ContextVar("mesh", default=None)
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
@@ -37,9 +46,16 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 @contextlib.contextmanager
-def use_mesh(mesh: Mesh | None) -> Iterator[None]:
-    """Makes `mesh` the one that `constrain` and `current_mesh` see while a function is traced."""
-    token = _current.set(mesh)
+def use_mesh(mesh: Mesh | None, options: MeshConfig | None = None, *, manual: bool = False) -> Iterator[None]:
+    """Makes `mesh` the one that `constrain`, `current_mesh` and `expert_wire` see while a function is traced.
+
+    Args:
+      mesh: from `make_mesh`.
+      options: how experts exchange tokens; the defaults if None.
+      manual: the function runs inside a `shard_map` over all axes of the mesh: its arrays are those of one
+        device, nothing is left to lay out, and the routed experts use the axis `expert` as it is.
+    """
+    token = _current.set(_Current(mesh, options or MeshConfig(), manual))
     try:
         yield
     finally:
@@ -47,9 +63,18 @@ def use_mesh(mesh: Mesh | None) -> Iterator[None]:
 
 
 def current_mesh() -> Mesh | None:
-    """The mesh of the surrounding `use_mesh`, None when there is none or it has one device."""
-    mesh = _current.get()
-    return None if mesh is None or mesh.size == 1 else mesh
+    """The mesh that arrays are to be laid out over; None where there is none, or one device, or `manual`."""
+    mesh, _, manual = _current.get() or _NOWHERE
+    return None if mesh is None or mesh.size == 1 or manual else mesh
+
+
+def expert_wire() -> Wire | None:
+    """How tokens reach experts of other devices, under the surrounding `use_mesh`; None if all are here."""
+    mesh, options, _ = _current.get() or _NOWHERE
+    if mesh is None or mesh.shape["expert"] == 1:
+        return None
+    transport = choose(options.transport, mesh.devices.flat[0].platform)
+    return Wire("expert", mesh.shape["expert"], transport, options.dispatch_slack)
 
 
 def spec(*logical: str | None) -> PartitionSpec:

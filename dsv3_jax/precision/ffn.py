@@ -1,24 +1,43 @@
 """The SwiGLU feed-forward network in FP8, dense or of routed experts (DeepSeek-V3 §3.3).
 
-What the backward pass keeps: the FP8 copy of the tokens, made before they are sent to the experts, and an
-FP8 copy of SwiGLU's input. SwiGLU and the experts' rows are computed again. Between tokens and experts FP8
-travels both ways: tokens forward, the gradients of the experts' outputs backward.
+What the backward pass keeps: the FP8 copy of the tokens, made before they are sent to the experts and as it
+arrives there, and an FP8 copy of SwiGLU's input. SwiGLU and the experts' rows are computed again. Between
+tokens and experts FP8 travels both ways: tokens forward, the gradients of the experts' outputs backward.
 """
 
 import functools
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from dsv3_jax.config import FP8Config
 from dsv3_jax.precision import fp8
 from pallas_kernels import Quantized, dequantize
 
-# Of routed experts, as `model.experts.plan` gives them: the copy in each sorted row, the row of each copy,
-# and the rows of each expert. None: a dense layer.
-Routes = tuple[Int[Array, " copies"], Int[Array, "tokens top_k"], Int[Array, " experts"]] | None
+
+@runtime_checkable
+class Routes(Protocol):
+    """Where copies of the tokens go: `parallel.dispatch.Dispatch`, or `parallel.exchange.Exchange`."""
+
+    @property
+    def group_sizes(self) -> Array:
+        """Rows of each expert."""
+        ...
+
+    def send(self, x: Array, axis: int = 0) -> Array:
+        """The tokens along `axis` that reach this device's experts."""
+        ...
+
+    def expand(self, x: Array, axis: int = 0) -> Array:
+        """A row for every copy of those, sorted by expert."""
+        ...
+
+    def collect(self, rows: Array) -> Array:
+        """The sum of each token's copies."""
+        ...
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
@@ -27,7 +46,7 @@ def ffn(
     gates: Float[Array, " copies"] | None,
     gate_up: Float[Array, "*experts d two_f"],
     down: Float[Array, "*experts f d"],
-    routes: Routes,
+    routes: Any,
     recipe: FP8Config,
     name: str,
 ) -> Float[Array, "tokens d"]:
@@ -37,7 +56,7 @@ def ffn(
       x: tokens.
       gates: of each sorted row; None without routes. They multiply the hidden activation.
       gate_up, down: float32 master weights.
-      routes: where copies of the tokens go.
+      routes: `Routes`, where copies of the tokens go; None for a dense layer.
       recipe: the recipe.
       name: under which the remat policy knows what is kept of SwiGLU's input.
     """
@@ -45,10 +64,12 @@ def ffn(
 
 
 def _fwd(x, gates, gate_up, down, routes, recipe: FP8Config, name):
-    sizes = None if routes is None else routes[2]
+    sizes = None if routes is None else routes.group_sizes
     x8 = fp8.activation(x, recipe, power_of_two=recipe.power_of_two and routes is not None)
-    rows8 = _sent(x8, routes)
-    hidden = fp8.product(rows8, fp8.weight(gate_up, recipe, transpose=True), sizes, recipe, x.dtype)
+    x8 = _mapped("send", x8, routes)
+    hidden = fp8.product(
+        _mapped("expand", x8, routes), fp8.weight(gate_up, recipe, transpose=True), sizes, recipe, x.dtype
+    )
     kept = fp8.activation(hidden, recipe) if recipe.swiglu_input == "fp8" else hidden
     kept = jax.tree.map(lambda part: checkpoint_name(part, name), kept)
     act8 = fp8.activation(hidden, recipe, swiglu=True)
@@ -61,9 +82,10 @@ def _fwd(x, gates, gate_up, down, routes, recipe: FP8Config, name):
 def _bwd(recipe: FP8Config, name, saved, dy):
     del name
     x8, kept, gates, gate_up, down, routes = saved
-    sizes = None if routes is None else routes[2]
+    sizes = None if routes is None else routes.group_sizes
     # 1. The product with `down`. What was sent as FP8 exists as nothing else.
-    dy8 = _sent(fp8.gradient(dy, recipe, power_of_two=recipe.power_of_two and routes is not None), routes)
+    dy8 = fp8.gradient(dy, recipe, power_of_two=recipe.power_of_two and routes is not None)
+    dy8 = _mapped("expand", _mapped("send", dy8, routes), routes)
     dweighted = fp8.product(dy8, fp8.weight(down, recipe), sizes, recipe, dy.dtype)
     # 2. SwiGLU, computed again, and its gradient.
     hidden = dequantize(kept) if isinstance(kept, Quantized) else kept.astype(jnp.float32)
@@ -71,7 +93,7 @@ def _bwd(recipe: FP8Config, name, saved, dy):
     ddown = fp8.weight_gradient(weighted, dy if routes is None else dy8, sizes, recipe)
     # 3. The product with `gate_up`.
     drows = fp8.product(fp8.gradient(dhidden, recipe), fp8.weight(gate_up, recipe), sizes, recipe, dy.dtype)
-    dgate_up = fp8.weight_gradient(_sent(x8, routes), dhidden, sizes, recipe)
+    dgate_up = fp8.weight_gradient(_mapped("expand", x8, routes), dhidden, sizes, recipe)
     return _summed(drows, routes), dgates, dgate_up, ddown, None
 
 
@@ -93,25 +115,14 @@ def _swiglu_gradient(hidden, gates, dweighted):
     return act.astype(dweighted.dtype), dhidden.astype(dweighted.dtype), dgates
 
 
-def _sent(x: Quantized, routes: Routes) -> Quantized:
-    """A row of FP8 numbers and its scales for every copy, sorted by expert."""
+def _mapped(what: str, x: Quantized, routes: Routes | None) -> Quantized:
+    """FP8 numbers and their scales through one of the maps of `routes`."""
     if routes is None:
         return x
-    order, row, _ = routes
-    token = order // row.shape[1]
-    return Quantized(_take_rows(x.values, token), x.scales[:, token])
+    function = getattr(routes, what)
+    return Quantized(function(x.values), function(x.scales, axis=1))
 
 
-def _take_rows(values, rows):
-    """`values[rows]`, moved four numbers at a time where the width allows."""
-    if values.shape[1] % 4:
-        return values[rows]
-    words = jax.lax.bitcast_convert_type(values.reshape(values.shape[0], -1, 4), jnp.uint32)
-    return jax.lax.bitcast_convert_type(words[rows], values.dtype).reshape(len(rows), -1)
-
-
-def _summed(rows, routes: Routes):
+def _summed(rows, routes: Routes | None):
     """The sum of each token's copies, in float32."""
-    if routes is None:
-        return rows
-    return rows[routes[1]].astype(jnp.float32).sum(1).astype(rows.dtype)
+    return rows if routes is None else routes.collect(rows)

@@ -149,7 +149,7 @@ def make_train_step(config: Config, mesh: Mesh) -> Callable[..., tuple[TrainStat
     ramp = config.train.ramp_start_batch > 0
 
     def step(state: TrainState, batch: Batch, n_micro: Any, schedules: Schedules):
-        with use_mesh(mesh):
+        with use_mesh(mesh, config.mesh):
             # A known trip count lets XLA see the loop's length; only a ramp needs it at run time.
             n = n_micro if ramp else batch["tokens"].shape[0]
             return train_step(config, state, batch, n, schedules)
@@ -170,7 +170,7 @@ def make_eval_step(config: Config, mesh: Mesh) -> Callable[..., tuple[Array, Arr
     model = make_model(config)
 
     def evaluate(params: Any, router: Any, batch: Batch):
-        with use_mesh(mesh):
+        with use_mesh(mesh, config.mesh):
             micro = jax.tree.map(lambda x: x[0], batch)
             segments = micro["segment_ids"] if config.data.mask_documents else None
             variables = {"params": params, "router": router}

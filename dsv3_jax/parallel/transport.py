@@ -1,0 +1,92 @@
+"""Buffers between the devices of one mesh axis: one meaning, three ways to move them.
+
+    move(buffer [ranks, slots, ...]) -> [ranks, slots, ...]     rank i's buffer[j] becomes rank j's result[i]
+
+- `dense`: one all-to-all of whole buffers.
+- `ragged`: the slots in use alone, cut into many updates a peer: XLA's GPU kernel works on updates in
+  parallel, and with one a peer it uses little of the link. Not on CPU.
+- `gather`: everybody gets everything and takes its part; the plain reference.
+
+Measured on two H200s, GB/s a GPU: dense 279; ragged 3 with one update a peer, 189 with 512. So `auto` is
+dense, and ragged on TPU, whose compiler has it as an operation of its own.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Int, Shaped
+
+TRANSPORTS = ("dense", "ragged", "gather")
+UPDATES = 512  # Of a ragged exchange, for each peer.
+
+
+@jax.tree_util.register_static  # No leaf of a route that goes through a transformation.
+@dataclasses.dataclass(frozen=True)
+class Wire:
+    """The axis over which experts are split, and how rows travel along it."""
+
+    axis: str
+    ranks: int
+    transport: str  # One of `TRANSPORTS`.
+    slack: float  # Room for rows over what a balanced load needs; see `exchange.capacity`.
+
+
+def choose(transport: str, platform: str) -> str:
+    """The transport of a platform where "auto" is asked for."""
+    if transport != "auto":
+        return transport
+    return "ragged" if platform == "tpu" else "dense"
+
+
+def move(
+    buffer: Shaped[Array, "ranks slots *rest"],
+    wire: Wire,
+    sent: Int[Array, " ranks"],
+    received: Int[Array, " ranks"],
+) -> Shaped[Array, "ranks slots *rest"]:
+    """What the ranks of the axis have for this one, by source; what lies past `received` is not defined.
+
+    Args:
+      buffer: by destination.
+      wire: the axis and the transport.
+      sent: slots in use, from the first, for each destination.
+      received: the same of what arrives.
+    """
+    if buffer.dtype.itemsize == 1 and buffer.ndim == 3 and buffer.shape[2] % 4 == 0:
+        # Collectives know the usual dtypes on every platform: 8-bit floats travel as words.
+        words = lax.bitcast_convert_type(buffer.reshape(*buffer.shape[:2], -1, 4), jnp.uint32)
+        return lax.bitcast_convert_type(move(words, wire, sent, received), buffer.dtype).reshape(buffer.shape)
+    if buffer.dtype.itemsize == 1:
+        moved = move(lax.bitcast_convert_type(buffer, jnp.uint8).astype(jnp.int32), wire, sent, received)
+        return lax.bitcast_convert_type(moved.astype(jnp.uint8), buffer.dtype)
+    if wire.transport == "gather":
+        return lax.all_gather(buffer, wire.axis)[:, lax.axis_index(wire.axis)]
+    if wire.transport == "dense":
+        return lax.all_to_all(buffer, wire.axis, 0, 0)
+    return _ragged(buffer, wire, sent, received)
+
+
+def updates(
+    slots: int, rank: Int[Array, ""], counts: Int[Array, " ranks"]
+) -> tuple[Int[Array, " pieces"], Int[Array, " pieces"], Int[Array, " pieces"]]:
+    """(offsets in my buffer, offsets in the peers' buffers, sizes) of the pieces of a ragged exchange."""
+    step = -(-slots // UPDATES)
+    first = jnp.arange(0, slots, step, dtype=jnp.int32)
+    sizes = jnp.clip(counts[:, None] - first, 0, step)
+    mine = jnp.arange(len(counts), dtype=jnp.int32)[:, None] * slots + first
+    theirs = jnp.broadcast_to(rank * slots + first, mine.shape)
+    return mine.reshape(-1), theirs.reshape(-1), sizes.reshape(-1)
+
+
+def _ragged(buffer, wire: Wire, sent, received):
+    slots = buffer.shape[1]
+    rank = lax.axis_index(wire.axis)
+    mine, theirs, send_sizes = updates(slots, rank, sent)
+    receive_sizes = updates(slots, rank, received)[2]
+    flat = buffer.reshape(-1, *buffer.shape[2:])
+    moved = lax.ragged_all_to_all(
+        flat, jnp.zeros_like(flat), mine, send_sizes, theirs, receive_sizes, axis_name=wire.axis
+    )
+    return jax.lax.reshape(moved, buffer.shape)
