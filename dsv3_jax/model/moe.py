@@ -12,6 +12,7 @@ from dsv3_jax.model.balance import balance_loss
 from dsv3_jax.model.experts import routed_experts
 from dsv3_jax.model.layers import FFN, weight
 from dsv3_jax.model.router import Routing, load, route
+from dsv3_jax.parallel.mesh import size_here
 
 
 class RouterReport(NamedTuple):
@@ -37,9 +38,10 @@ class MoE(nn.Module):
         moe, d, std = self.config.moe, self.config.d_model, self.config.init_std
         centroids = weight(self, "centroids", (d, moe.n_experts), ("embed", None), std)
         bias = self.variable("router", "bias", jnp.zeros, (moe.n_experts,), jnp.float32)
-        shape = (moe.n_experts, d, 2 * moe.d_ff_expert)
+        here = size_here(moe.n_experts, "experts")
+        shape = (here, d, 2 * moe.d_ff_expert)
         gate_up = weight(self, "gate_up", shape, ("experts", "embed", "mlp"), std)
-        shape = (moe.n_experts, moe.d_ff_expert, d)
+        shape = (here, moe.d_ff_expert, d)
         down = weight(self, "down", shape, ("experts", "mlp", "embed"), std)
 
         with jax.named_scope("route"):

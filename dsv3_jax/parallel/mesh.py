@@ -77,6 +77,14 @@ def expert_wire() -> Wire | None:
     return Wire("expert", mesh.shape["expert"], transport, options.dispatch_slack)
 
 
+def size_here(size: int, logical: str) -> int:
+    """How long an axis of a parameter is: under a `manual` mesh it is one device's part."""
+    mesh, _, manual = _current.get() or _NOWHERE
+    if mesh is None or not manual:
+        return size
+    return size // math.prod(mesh.shape[axis] for axis in LOGICAL_AXES[logical])
+
+
 def spec(*logical: str | None) -> PartitionSpec:
     """The PartitionSpec of an array with these logical axes."""
     return PartitionSpec(*(LOGICAL_AXES.get(axis) if axis else None for axis in logical))

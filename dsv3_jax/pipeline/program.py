@@ -12,22 +12,23 @@ def numbered(table: Table) -> tuple[list[str], dict[str, np.ndarray], list[Chann
     """The table as numbers.
 
     Returns:
-      the kinds of cells, one a branch; int32 arrays [tick, rank] by name: the branch, where the operands of
-      its forward (f_...) and backward (b_...) are, and in which slot a channel's value arrives; the channels.
+      the kinds of cells, by number; int32 arrays [tick, rank] by name: the kind (past the last: idle), where
+      the operands of its forward (f_...) and backward (b_...) are, and in which slot a channel's value
+      arrives; the channels.
     """
     schedule = table.schedule
     shape = len(table.ticks), schedule.n_ranks
     chunk_of = [{stage: c for c, stage in enumerate(schedule.stages_of(r))} for r in range(schedule.n_ranks)]
-    branches = sorted({_kinds(cell) for row in table.ticks for cell in row})
+    kinds = sorted({_kinds(cell) for row in table.ticks for cell in row if cell})
     spare = {kind: max(sizes) for kind, sizes in table.n_slots.items()}
-    names = ["branch", *(f"{half}_{what}" for half in "fb" for what in ("stage", "chunk", "micro"))]
+    names = ["kind", *(f"{half}_{what}" for half in "fb" for what in ("stage", "chunk", "micro"))]
     columns = {name: np.zeros(shape, np.int32) for name in names}
     columns |= {name: np.full(shape, spare["input"], np.int32) for name in ("f_input", "b_input")}
     columns["b_gradient"] = np.full(shape, spare["gradient"], np.int32)
     channels = set()
     for tick, row in enumerate(table.ticks):
         for rank, cell in enumerate(row):
-            columns["branch"][tick, rank] = branches.index(_kinds(cell))
+            columns["kind"][tick, rank] = kinds.index(_kinds(cell)) if cell else len(kinds)
             for op in cell:
                 half = "f" if op.kind == "F" else "b"
                 columns[f"{half}_stage"][tick, rank] = op.stage
@@ -42,7 +43,7 @@ def numbered(table: Table) -> tuple[list[str], dict[str, np.ndarray], list[Chann
                     channels.add(channel)
                     empty = np.full(shape, spare[value.kind], np.int32)
                     columns.setdefault(f"{channel[0]}{channel[1]}", empty)[tick, target] = table.slots[value]
-    return branches, columns, sorted(channels)
+    return kinds, columns, sorted(channels)
 
 
 Route = tuple[tuple[tuple[int, int], ...], ...]  # [channel]: (source, target) of what travels on it.

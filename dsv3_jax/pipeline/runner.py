@@ -1,6 +1,6 @@
 """Runs any table: loss and gradients of a model in stages, inside `shard_map` over the pipeline's axis.
 
-One loop over ticks. In each, a rank switches to the kind of its cell, works on what lies in its slots, and
+One loop over ticks. In each, a rank does the kind of cell that is its own, on what lies in its slots, and
 values travel by `ppermute` to the slots of other ranks. The table is what the loop runs over: the program
 does not grow with it. The backward of a stage is one vjp for B; I and W are two, for the input and for the
 weights. Each computes the stage's forward again from its input, so a slot holds an input and no more.
@@ -126,7 +126,7 @@ def run(table: Table, parts: Parts, chunks: Tree, shared: Tree, batch: Tree, axi
     schedule = table.schedule
     for leaf in jax.tree.leaves(batch):
         _fits("leading axis of batch", leaf.shape[0] if leaf.ndim else None, schedule.n_microbatches)
-    branches, columns, channels = numbered(table)
+    cells, columns, channels = numbered(table)
     routes, pattern = routes_of(table, channels)
     n_slots = {kind: max(sizes) for kind, sizes in table.n_slots.items()}
     rank = lax.axis_index(axis)
@@ -135,9 +135,13 @@ def run(table: Table, parts: Parts, chunks: Tree, shared: Tree, batch: Tree, axi
     own = _Rank(parts, schedule.n_stages, chunks, shared, batch)
 
     def tick(state: _State, row: Tree):
-        made: tuple[_State, jax.Array, jax.Array] = lax.switch(
-            row["branch"], [own.cell(kinds, row) for kinds in branches], state
-        )
+        nothing = jnp.zeros(state.inputs.shape[1:], state.inputs.dtype)
+        made = state, nothing, nothing
+        for number, kinds in enumerate(cells):
+            # A loop of one turn or none, and no `lax.switch`: XLA copies what passes through a conditional,
+            # here the sums of all gradients, and updates what a loop carries in place.
+            turns = (row["kind"] == number).astype(jnp.int32)
+            made = lax.fori_loop(0, turns, own.cell(kinds, row), made)
         state, activation, gradient = made
         sent = {"input": activation, "gradient": gradient}
         # Only ranks that have something for each other meet in a tick; no other waits.
@@ -166,6 +170,9 @@ class _State(NamedTuple):
     head: Tree
 
 
+Made = tuple[_State, jax.Array, jax.Array]  # With the activation and the gradient that a tick sends.
+
+
 class _Rank:
     """The computations of one rank; stages, chunks and micro-batches are traced numbers."""
 
@@ -192,22 +199,24 @@ class _Rank:
             head=_zeros(head),
         )
 
-    def cell(self, kinds: str, row: Tree) -> Callable[[_State], tuple[_State, jax.Array, jax.Array]]:
-        """The branch of cells of these kinds: state -> state, activation to send, gradient to send."""
+    def cell(self, kinds: str, row: Tree) -> Callable[[jax.Array, Made], Made]:
+        """The work of cells of these kinds, as the body of a loop."""
 
-        def run(state: _State):
-            activation = gradient = jnp.zeros(state.inputs.shape[1:], state.inputs.dtype)
+        def run(turn: jax.Array, made: Made) -> Made:
+            state, activation, gradient = made
+            # Whatever reads the row stays in this loop, which mostly has no turn.
+            row_now, _ = lax.optimization_barrier((row, turn))
             # Both halves of an overlapped cell read the state before it; nothing orders one after the other.
             before = state
             for kind in kinds:
                 if kind == "F":
                     with jax.named_scope("forward"):
-                        state, activation = self._forward(before, state, row)
+                        state, activation = self._forward(before, state, row_now)
                 else:
                     with jax.named_scope(
                         {"B": "backward", "I": "backward_input", "W": "backward_weights"}[kind]
                     ):
-                        state, gradient = self._backward(kind, before, state, row)
+                        state, gradient = self._backward(kind, before, state, row_now)
             return state, activation, gradient
 
         return run

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dsv3_jax.config import TrainConfig
+from dsv3_jax.config import Config
 from dsv3_jax.model.transformer import Outputs, Transformer
 from dsv3_jax.parallel.mesh import LOGICAL_AXES, use_mesh
 from dsv3_jax.pipeline import layout, runner
@@ -32,7 +32,7 @@ class Found(NamedTuple):
 
 
 def gradients(
-    train: TrainConfig,
+    config: Config,
     model: Transformer,
     mesh: Mesh,
     shardings: Tree,
@@ -40,13 +40,11 @@ def gradients(
     batch: Tree,
     constants: Tree,
     loss: Callable[[Outputs, Tree, Tree], HasLoss],
-    *,
-    mask_documents: bool,
 ) -> Found:
     """The gradients of a step.
 
     Args:
-      train: names the schedule.
+      config: names the schedule.
       model: with its precision and remat policy.
       mesh: with the axes pipe, data and expert.
       shardings: of the parameters.
@@ -54,12 +52,12 @@ def gradients(
       batch: arrays [micro-batch, sequences, seq].
       constants: what `loss` needs besides, the same on every device.
       loss: (outputs, micro, constants) -> the losses of a device's part of a micro-batch; see `parts`.
-      mask_documents: attend within documents only.
 
     Raises:
       ScheduleError: there is no such schedule.
     """
     n_micro, sequences, _ = batch["tokens"].shape
+    train = config.train
     schedule = build(train.pipeline, mesh.shape["pipe"], n_micro, chunks=train.pipeline_chunks)
     table = place(schedule)
     layers = _layers_by_rank(model.config, schedule)
@@ -67,13 +65,13 @@ def gradients(
     overlaps = any(len(cell) > 1 for cells in schedule.cells for cell in cells)
 
     def on_device(params: Tree, router: Tree, batch: Tree, constants: Tree):
-        with use_mesh(None):
+        with use_mesh(mesh, config.mesh, manual=True):
             functions = parts(
                 model,
                 schedule.n_stages,
                 lambda outputs, micro: loss(outputs, micro, constants),
                 1 / (n_micro * n_devices),
-                mask_documents=mask_documents,
+                mask_documents=config.data.mask_documents,
                 unroll=overlaps,
             )
             chunks, shared = _gathered(params, router, shardings, layers)
@@ -106,50 +104,51 @@ def _layers_by_rank(config: Any, schedule: Schedule) -> dict[str, np.ndarray]:
 
 def _gathered(params: Tree, router: Tree, shardings: Tree, layers: dict[str, np.ndarray]):
     """(chunks, shared) of the runner, from what a device holds."""
+
+    def chunk(leaf: jax.Array, where: np.ndarray, at: NamedSharding | None = None) -> jax.Array:
+        axes = layout.axes_of(at.spec if at else P(), leaf.ndim)
+        return layout.to_chunks(leaf, axes, where, _copies(axes))
+
+    def whole(leaf: jax.Array, at: NamedSharding) -> jax.Array:
+        axes = layout.axes_of(at.spec, leaf.ndim)
+        return layout.gather(leaf, axes, ("pipe", *_copies(axes)))
+
     chunks = {}
     for stack, where in layers.items():
-        biases = router.get(stack, {})
         chunks[stack] = {
             "params": jax.tree.map(
-                lambda leaf, at, where=where: layout.to_chunks(leaf, _axes(leaf, at), where, BATCH),
-                params[stack],
-                shardings[stack],
+                lambda leaf, at, where=where: chunk(leaf, where, at), params[stack], shardings[stack]
             ),
-            "router": jax.tree.map(
-                lambda leaf, where=where: layout.to_chunks(leaf, ((),) * leaf.ndim, where, ()), biases
-            ),
+            "router": jax.tree.map(lambda leaf, where=where: chunk(leaf, where), router.get(stack, {})),
         }
-    rest = {
-        name: jax.tree.map(
-            lambda leaf, at: layout.gather(leaf, _axes(leaf, at), ("pipe", *BATCH)), leaves, shardings[name]
-        )
-        for name, leaves in params.items()
-        if name not in STACKS
-    }
-    return chunks, {
-        "params": rest,
-        "router": {name: leaf for name, leaf in router.items() if name not in STACKS},
-    }
+    rest = {name: jax.tree.map(whole, params[name], shardings[name]) for name in params if name not in STACKS}
+    biases = {name: router[name] for name in router if name not in STACKS}
+    return chunks, {"params": rest, "router": biases}
 
 
 def _scattered(sums: runner.Sums, shardings: Tree, layers: dict[str, np.ndarray]) -> Tree:
     """Gradients of what a device holds."""
-    grads = {
-        name: jax.tree.map(
-            lambda leaf, at: layout.scatter(leaf, _axes(leaf, at), ("pipe", *BATCH)), leaves, shardings[name]
-        )
-        for name, leaves in sums.shared["params"].items()
-    }
+
+    def stacked(leaf: jax.Array, where: np.ndarray, at: NamedSharding) -> jax.Array:
+        axes = layout.axes_of(at.spec, leaf.ndim - 1)
+        return layout.from_chunks(leaf, axes, where, _copies(axes))
+
+    def part(leaf: jax.Array, at: NamedSharding) -> jax.Array:
+        axes = layout.axes_of(at.spec, leaf.ndim)
+        return layout.scatter(leaf, axes, ("pipe", *_copies(axes)))
+
+    shared = sums.shared["params"]
+    grads = {name: jax.tree.map(part, shared[name], shardings[name]) for name in shared}
     for stack, where in layers.items():
         grads[stack] = jax.tree.map(
-            lambda leaf, at, where=where: layout.from_chunks(
-                leaf, layout.axes_of(at.spec, leaf.ndim - 1), where, BATCH
-            ),
+            lambda leaf, at, where=where: stacked(leaf, where, at),
             sums.chunks[stack]["params"],
             shardings[stack],
         )
     return grads
 
 
-def _axes(leaf: jax.Array, sharding: Any) -> layout.Axes:
-    return layout.axes_of(sharding.spec, leaf.ndim)
+def _copies(axes: layout.Axes) -> tuple[str, ...]:
+    """The axes over which devices work on different sequences with the same values of an array."""
+    experts = LOGICAL_AXES["experts"]  # Split over these alone only where experts are; else it is FSDP.
+    return tuple(name for name in BATCH if experts not in axes or name not in experts)

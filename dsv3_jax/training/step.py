@@ -96,7 +96,7 @@ def _pipelined(
         return losses(outputs, micro, constants[0], share, constants[1], config.train.loss_chunk)
 
     found = pipeline.gradients(
-        config.train,
+        config,
         make_model(config),
         mesh,
         shardings(abstract_state(config, mesh)).params,
@@ -104,7 +104,6 @@ def _pipelined(
         batch,
         (totals, mtp_weight),
         loss,
-        mask_documents=config.data.mask_documents,
     )
     late, layers = found.losses, found.balance_loss
     parts = late._replace(loss=late.loss + layers, balance_loss=late.balance_loss + layers)

@@ -124,7 +124,7 @@ def compare(c, atol=1e-6):
 
 
 CASES = {
-    "dualpipe": config("dualpipe", 4, MeshConfig(pipe=2, data=1), mtp=1),
+    "1f1b": config("1f1b", 2, MeshConfig(pipe=2, data=2, expert=2), mtp=1, rows=8, moe=dict(batch_loss=0.1)),
 }
 
 
