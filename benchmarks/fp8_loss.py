@@ -1,13 +1,17 @@
 """The loss of training in FP8 beside bf16, from the same parameters and on the same text.
 
     PYTHONPATH=. python benchmarks/fp8_loss.py [--config=configs/proxy_300m.py] [--seconds 500]
-        [--variants bf16,fp8,coarse,again] [--out results.json] [--plot loss.png] [--config.FIELD=VALUE ...]
+        [--variants bf16,fp8,again,coarse] [--shared 1000] [--out results.json] [--plot loss.png]
+        [--config.FIELD=VALUE ...]
 
 `coarse` is the control: one scale a tensor, and sums left to the tensor cores. `again` is bf16 with another
 attention kernel, which adds in another order: how far two bf16 runs drift apart is the noise of the gap. The
 variants run one after another in one process, each as long as the seconds last. Results are written as they
 come, and each program is compiled while the one before it trains. The gap is that of the losses smoothed
 over `WINDOW` steps, relative to bf16. `--add FILE` takes the variants that are not run from earlier results.
+
+With `--shared N` the first N steps are bf16's, and the variants part there: a run from nothing goes through
+transitions, as when attention learns to copy, whose moment differs from one bf16 run to the next.
 """
 
 import argparse
@@ -27,13 +31,13 @@ import numpy as np
 VARIANTS = {
     "bf16": ["train.precision=bf16"],
     "fp8": ["train.precision=fp8"],
+    "again": ["train.precision=bf16", "model.attention.implementation=cudnn"],
     "coarse": [
         "train.precision=fp8",
         "fp8.activation_scales=tensor",
         "fp8.weight_scales=tensor",
         "fp8.promotion=False",
     ],
-    "again": ["train.precision=bf16", "model.attention.implementation=cudnn"],
 }
 WINDOW = 50
 AHEAD = 20  # Steps that the host may be ahead of the device.
@@ -77,12 +81,19 @@ class Text:
         self._all.result()
 
 
-def train(config, mesh, step_function, text, deadline: float, save) -> dict[str, Any]:
-    """Trains until the configuration's steps or the time are over; `save(run)` now and then."""
-    from dsv3_jax.training.state import init_state
+def shared(step_function, state, text, steps: int):
+    """The state after the first steps."""
+    for step in range(steps):
+        state, found = step_function(state, *text[step])
+        if step % AHEAD == 0:
+            found.grad_norm.block_until_ready()
+    return state
 
-    state, metrics, rows = init_state(config, mesh), [], []
-    run: dict[str, Any] = {"tokens_a_step": config.train.batch_size * config.train.seq_len}
+
+def train(config, step_function, state, text, first: int, deadline: float, save) -> None:
+    """Trains from step `first` until the configuration's steps or the time are over; saves now and then."""
+    metrics, rows = [], []
+    run: dict[str, Any] = {"tokens_a_step": config.train.batch_size * config.train.seq_len, "first": first}
 
     def collect():
         rows.extend([float(x) for x in row] for row in metrics[len(rows) :])
@@ -90,17 +101,16 @@ def train(config, mesh, step_function, text, deadline: float, save) -> dict[str,
         save(run)
 
     started = time.monotonic()
-    for step in range(config.train.steps):
+    for step in range(first, config.train.steps):
         state, found = step_function(state, *text[step])
         metrics.append((found.losses.ce_loss, found.max_vio.mean(), found.grad_norm))
-        if step >= AHEAD:
-            metrics[step - AHEAD][0].block_until_ready()
+        if len(metrics) > AHEAD:
+            metrics[-AHEAD][0].block_until_ready()
         if time.monotonic() > deadline:
             break
-        if step % SAVED == SAVED - 1:
+        if len(metrics) % SAVED == 0:
             collect()
     collect()
-    return run
 
 
 def smoothed(losses):
@@ -147,7 +157,7 @@ def plot(runs: dict, path: str) -> None:
     found = curves(runs)
     figure, (above, below) = plt.subplots(2, 1, sharex=True, figsize=(8, 6))
     for name, curve in found.items():
-        steps = np.arange(len(curve)) + WINDOW
+        steps = np.arange(len(curve)) + WINDOW + runs[name].get("first", 0)
         (line,) = above.plot(steps, curve, label="bf16 again (noise)" if name == "again" else name)
         if name != "bf16" and "bf16" in found:
             both = min(len(curve), len(found["bf16"]))
@@ -167,16 +177,20 @@ def main() -> None:
     parser.add_argument("--config", default="configs/proxy_300m.py")
     parser.add_argument("--seconds", type=float, default=3000)
     parser.add_argument("--variants", default=",".join(VARIANTS))
+    parser.add_argument("--shared", type=int, default=0)
     parser.add_argument("--add", default="")
     parser.add_argument("--out", default="benchmarks/results/fp8_loss.json")
     parser.add_argument("--plot", default="")
     arguments, overrides = parser.parse_known_args()
     deadline = time.monotonic() + arguments.seconds
 
+    import jax
+    import jax.numpy as jnp
+
     import train as trainer
     from benchmarks import timing
     from dsv3_jax.parallel.mesh import make_mesh
-    from dsv3_jax.training.state import abstract_state
+    from dsv3_jax.training.state import abstract_state, init_state
     from dsv3_jax.training.step import make_train_step
 
     configs = {}
@@ -193,6 +207,7 @@ def main() -> None:
         "versions": timing.versions(),
         "text": text.source,
         "passes_over_the_text": text.passes,
+        "shared": arguments.shared,
     }
 
     def save(name, run):
@@ -205,6 +220,7 @@ def main() -> None:
         program = step.lower(abstract_state(config, mesh), *text[0]).compile()
         return program, time.monotonic() - started
 
+    start = None
     with ThreadPoolExecutor(1) as pool:
         programs = {name: pool.submit(compiled, config) for name, config in configs.items()}
         for name, config in configs.items():
@@ -212,9 +228,14 @@ def main() -> None:
             text.wait()
             left = deadline - time.monotonic()
             print(f"{name}: compiled in {seconds:.0f} s, {left:.0f} s left", flush=True)
-            if left > 0:
-                train(config, mesh, program, text, deadline, lambda run, name=name: save(name, run))
-                print(name, json.dumps(compare(runs).get(name)), flush=True)
+            if left <= 0:
+                continue
+            if start is None:  # Of the first variant.
+                start = shared(program, init_state(config, mesh), text, arguments.shared)
+            own = jax.tree.map(jnp.copy, start)  # The step overwrites what it is given.
+            where = arguments.shared, deadline
+            train(config, program, own, text, *where, lambda run, name=name: save(name, run))
+            print(name, json.dumps(compare(runs).get(name)), flush=True)
     if arguments.plot:
         plot(runs, arguments.plot)
 
