@@ -10,7 +10,7 @@ from fractions import Fraction
 from functools import cached_property
 
 from dsv3_jax.pipeline.schedules import Cell, Op, Schedule, ScheduleError
-from dsv3_jax.pipeline.table import done_key, stuck, waits_for
+from dsv3_jax.pipeline.table import Table, done_key, stuck, waits_for
 
 Time = int | float | Fraction
 
@@ -124,6 +124,26 @@ def simulate(schedule: Schedule, durations: Durations, sizes: Sequence[Time] | N
     position = [len(row) for row in spans]
     if any(at < len(cells) for at, cells in zip(position, schedule.cells, strict=True)):
         raise stuck(schedule, position, done)
+    return Timeline(schedule, tuple(map(tuple, spans)))
+
+
+def simulate_in_step(table: Table, durations: Durations, sizes: Sequence[Time] | None = None) -> Timeline:
+    """A schedule where every rank waits for all others at the end of each tick in which something is sent.
+
+    So it runs on fake CPU devices, whose collectives are a meeting of all. Where cells of one tick differ in
+    length, as F and B of 1F1B do, it takes longer than `simulate` says; sends are free.
+    """
+    schedule = table.schedule
+    stops = {send.tick for send in table.sends}
+    now: list[Time] = [0] * schedule.n_ranks
+    spans: list[list[tuple[Time, Time]]] = [[] for _ in now]
+    for tick, row in enumerate(table.ticks):
+        for rank, cell in enumerate(row):
+            if cell:
+                spans[rank].append((now[rank], now[rank] + durations.of(cell, sizes)))
+                now[rank] = spans[rank][-1][1]
+        if tick in stops:
+            now = [max(now)] * schedule.n_ranks
     return Timeline(schedule, tuple(map(tuple, spans)))
 
 
