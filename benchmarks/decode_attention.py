@@ -3,7 +3,8 @@
     PYTHONPATH=. python benchmarks/decode_attention.py [--out results.json] [--only 'H16'] [--rounds 2]
 
 Before a shape is timed, ours is compared with float64 on the same operands, and must repeat bit for bit. The
-peer is XLA: `dense`, three products and a softmax over the whole capacity, or, for a paged cache, `blocked`.
+peer is XLA: `dense`, three products and a softmax over the whole capacity, or, for a paged or quantised
+cache, `blocked`. Beside a quantised cache ours runs on one in bf16 as well.
 """
 
 import argparse
@@ -38,14 +39,19 @@ def dense(q, c_kv, k_rope, lengths, *, scale):
     return dot("bsht,btr->bshr", p.astype(q.dtype), c_kv).astype(q.dtype)
 
 
-def float64(q, c_kv, k_rope, lengths, *, scale, page_table=None):
+def float64(q, c_kv, k_rope, lengths, *, scale, page_table=None, c_kv_scale=None, k_rope_scale=None):
     """Output in float64 by torch, one sequence at a time."""
-    q, c_kv, k_rope = (torch.from_dlpack(x) for x in (q, c_kv, k_rope))
+
+    def cache(codes, factors):
+        codes = torch.from_dlpack(codes.astype(jnp.float32)).double()
+        return codes if factors is None else codes * torch.from_dlpack(factors).double()[..., None]
+
+    q, c_kv, k_rope = torch.from_dlpack(q), cache(c_kv, c_kv_scale), cache(k_rope, k_rope_scale)
     outs = []
     for row, length in enumerate(np.asarray(lengths).tolist()):
         pages = row if page_table is None else np.asarray(page_table[row]).tolist()
-        values = c_kv[pages].reshape(-1, c_kv.shape[-1])[:length].double()
-        keys = torch.cat([values, k_rope[pages].reshape(-1, k_rope.shape[-1])[:length].double()], -1)
+        values = c_kv[pages].reshape(-1, c_kv.shape[-1])[:length]
+        keys = torch.cat([values, k_rope[pages].reshape(-1, k_rope.shape[-1])[:length]], -1)
         s_q = q.shape[1]
         logits = torch.einsum("shd,td->sht", q[row].double(), keys) * scale
         hidden = torch.arange(length)[None] > (length - s_q + torch.arange(s_q))[:, None]
@@ -79,7 +85,12 @@ def run(shape: Shape, rounds: int, read_tbps: float) -> dict:
         return lambda: f(*operands, **options)[0]
 
     rivals = [timing.Rival("ours", op("mosaic_gpu"))]
-    if shape.page:
+    if shape.quantised:
+        plain_cache, plain_options = dataclasses.replace(shape, cache="bfloat16").operands()
+        plain_options.pop("scale")
+        unquantised = jax.jit(functools.partial(mla_decode, scale=scale, implementation="mosaic_gpu"))
+        rivals.append(timing.Rival("bf16 cache", lambda: unquantised(*plain_cache, **plain_options)[0]))
+    if shape.page or shape.quantised:
         rivals.append(timing.Rival("blocked", op("blocked")))
     else:
         plain = jax.jit(functools.partial(dense, scale=scale))
@@ -90,6 +101,9 @@ def run(shape: Shape, rounds: int, read_tbps: float) -> dict:
     row["kernels_us"] = [[name, seconds * 1e6] for name, seconds in parts]
     cells = []
     for name, r in row["rivals"].items():
+        if name != "ours":
+            cells.append(f"{name} {r['spaced_us']:.1f}/{r['hot_us']:.1f} us")
+            continue
         hot_tbps = shape.bytes() / r["hot_us"] / 1e6
         cells.append(
             f"{name} {r['spaced_us']:.1f}/{r['hot_us']:.1f} us {r['spaced_tbps']:.2f}/{hot_tbps:.2f} TB/s "

@@ -83,10 +83,10 @@ def load_with(threads, body):
         pl.when(warp == 0)(body)
 
 
-def tiled(*shape):
-    """bf16 shared memory in the layout that TMA writes and WGMMA reads."""
+def tiled(*shape, dtype: jax.typing.DTypeLike = jnp.bfloat16):
+    """Shared memory of 16-bit numbers in the layout that TMA writes and WGMMA reads."""
     transforms = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
-    return plgpu.SMEM(shape, jnp.bfloat16, transforms=transforms)
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
 def across(array, columns):

@@ -22,43 +22,57 @@ def unsupported(q, c_kv, k_rope, lengths, page_table, c_kv_scale, k_rope_scale) 
         return "it is written for Hopper GPUs; use 'blocked'"
     if not hopper.on_hopper():
         return "the GPU is not of the Hopper generation (compute capability 9.0); use 'blocked'"
-    if not q.dtype == c_kv.dtype == k_rope.dtype == jnp.bfloat16:
-        return f"queries are {q.dtype}, the cache {c_kv.dtype}; it takes bfloat16 both; use 'blocked'"
+    if q.dtype != jnp.bfloat16 or c_kv.dtype not in (jnp.bfloat16, jnp.int8, jnp.float8_e4m3fn):
+        taken = "bfloat16 queries, and caches in bfloat16, int8 and float8_e4m3fn"
+        return f"queries are {q.dtype}, the cache {c_kv.dtype}; it takes {taken}; use 'blocked'"
     if 0 in q.shape or 0 in c_kv.shape:
         return "an empty axis; use 'blocked'"
     rank, rope = c_kv.shape[-1], k_rope.shape[-1]
     if rank not in (128, 256, 384, 512) or rope != 64:
         return f"widths {rank} and {rope}; it takes 128, 256, 384 or 512, and 64; use 'blocked'"
     slots = c_kv.shape[1]
-    if slots % 8 or (page_table is not None and 64 % slots and slots % 64):
-        kind = "capacity" if page_table is None else "page size"
-        taken = "multiples of 8" if page_table is None else "8, 16, 32 and multiples of 64"
-        return f"{kind} {slots}; it takes {taken}; use 'blocked'"
-    if q.shape[1] * q.shape[2] > 64 * hopper.multiprocessors():
+    if page_table is None:
+        if slots % 8:
+            return f"capacity {slots}; it takes multiples of 8; use 'blocked'"
+    else:
+        # TMA writes the factors of codes to whole 128 bytes.
+        small = (8, 16, 32) if c_kv.dtype == jnp.bfloat16 else (32,)
+        if slots not in small and slots % 64:
+            taken = ", ".join(map(str, small))
+            return f"page size {slots}; it takes {taken} and multiples of 64; use 'blocked'"
+    if q.shape[1] * q.shape[2] > (64 if c_kv.dtype == jnp.bfloat16 else 16) * hopper.multiprocessors():
         return f"{q.shape[1]} queries of {q.shape[2]} heads: too many rows; use 'blocked'"
     return None
 
 
 def attention(q, c_kv, k_rope, lengths, page_table, c_kv_scale, k_rope_scale, *, scale):
     """Returns the output `[batch, s_q, heads, rank]` and the log-sum-exp `[batch, s_q, heads]`."""
-    del c_kv_scale, k_rope_scale
-    from pallas_kernels.mla_attention.mosaic_gpu_common import loader_threads
-    from pallas_kernels.mla_decode import mosaic_gpu_combine, mosaic_gpu_split
+    from pallas_kernels.mla_attention.mosaic_gpu_common import ROWS, loader_threads
+    from pallas_kernels.mla_decode import mosaic_gpu_combine, mosaic_gpu_few_rows, mosaic_gpu_split
 
     if scale <= 0:  # The kernel folds a positive scale into the exponent.
         q, scale = (-q, -scale) if scale < 0 else (jnp.zeros_like(q), 1.0)
     batch, s_q, heads, _ = q.shape
-    tiles = -(-s_q * heads // 64)
+    few = c_kv_scale is not None or s_q * heads <= mosaic_gpu_few_rows.ROWS
+    tile_rows = mosaic_gpu_few_rows.ROWS if few else ROWS
+    tiles = -(-s_q * heads // tile_rows)
     call = mosaic_gpu_split.Call(
         *(batch, s_q, heads, c_kv.shape[-1], k_rope.shape[-1], c_kv.shape[1], page_table is not None, scale),
-        *(max(1, hopper.multiprocessors() // tiles), loader_threads(q)),
+        *(max(1, hopper.multiprocessors() // tiles), loader_threads(q), tile_rows),
     )
     rows = q.reshape(batch, call.rows, -1)
-    rows = jnp.pad(rows, ((0, 0), (0, -call.rows % 8), (0, 0)))  # TMA moves boxes of 8 rows.
+    # TMA moves boxes of 8 rows; few rows are whole tiles.
+    rows = jnp.pad(rows, ((0, 0), (0, -call.rows % (tile_rows if few else 8)), (0, 0)))
     capacity = call.slots if page_table is None else call.slots * page_table.shape[1]
     lengths = jnp.clip(lengths, 0, capacity)
     edges, bounds = share_out(lengths, call.groups, mosaic_gpu_split.BLOCK)
-    parts, lses = mosaic_gpu_split.split(rows, c_kv, k_rope, lengths, edges, page_table, call=call)
+    if few:
+        factors = c_kv_scale, k_rope_scale
+        parts, lses = mosaic_gpu_few_rows.split(
+            rows, c_kv, k_rope, *factors, lengths, edges, page_table, call=call
+        )
+    else:
+        parts, lses = mosaic_gpu_split.split(rows, c_kv, k_rope, lengths, edges, page_table, call=call)
     out, lse = mosaic_gpu_combine.combine(parts, lses, bounds, call=call)
     return out.reshape(*q.shape[:3], -1), lse.reshape(q.shape[:3])
 

@@ -47,6 +47,7 @@ class Call(typing.NamedTuple):
     scale: float  # positive
     groups: int  # of programs; each has one for every tile of rows
     loaders: int  # threads that load
+    tile_rows: int  # queries times heads that a program takes
 
     @property
     def rows(self) -> int:
@@ -54,7 +55,7 @@ class Call(typing.NamedTuple):
 
     @property
     def tiles(self) -> int:
-        return -(-self.rows // ROWS)
+        return -(-self.rows // self.tile_rows)
 
     @property
     def part_rows(self) -> int:
@@ -69,6 +70,10 @@ class Call(typing.NamedTuple):
     def with_loader(self) -> int:
         """Threads of a barrier on which the compute warpgroups announce a free slot to the loader."""
         return _COMPUTE + self.loaders
+
+    def copies(self, entries: int) -> int:
+        """TMA copies that fetch so many entries: one, or one a page where pages are smaller."""
+        return max(1, entries // self.slots) if self.paged else 1
 
 
 class _Operands(typing.NamedTuple):
@@ -146,7 +151,7 @@ def split(q, c_kv, k_rope, lengths, edges, table, *, call):
         totals=plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32),
         lse=plgpu.SMEM((ROWS,), jnp.float32),
         q_full=plgpu.Barrier(),
-        full=plgpu.Barrier(num_arrivals=2 * _copies(call), num_barriers=WARPGROUPS),
+        full=plgpu.Barrier(num_arrivals=2 * call.copies(HALF), num_barriers=WARPGROUPS),
     )
     out_type = [
         jax.ShapeDtypeStruct((call.parts, call.part_rows, call.rank), jnp.float32),
@@ -156,16 +161,11 @@ def split(q, c_kv, k_rope, lengths, edges, table, *, call):
     return run(q, c_kv, k_rope, lengths, edges, table)
 
 
-def _copies(call) -> int:
-    """TMA copies that fetch 64 entries of c_KV: one, or one a page where pages are smaller."""
-    return max(1, HALF // call.slots) if call.paged else 1
-
-
 def _load(call, operands, shared, tile, b, length, low, high):
     """Loads what a piece needs."""
     sync(_Q_FREE, 0, call.with_loader)
     plgpu.copy_gmem_to_smem(operands.q.at[b, pl.ds(tile * ROWS, ROWS)], shared.q, shared.q_full)
-    copies = _copies(call)
+    copies = call.copies(HALF)
     size = HALF // copies
 
     @pl.loop(low, high)

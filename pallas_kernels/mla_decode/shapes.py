@@ -12,7 +12,7 @@ import numpy as np
 class Shape:
     """One call. `lengths` are those of all sequences, or of each (`capacity` holds the longest).
 
-    `page` is the page size of a paged cache (0: contiguous).
+    `page` is the page size of a paged cache (0: contiguous), `cache` its dtype.
     """
 
     batch: int
@@ -22,6 +22,7 @@ class Shape:
     page: int = 0
     rank: int = 512
     rope: int = 64
+    cache: str = "bfloat16"
 
     def __str__(self):
         lengths = (
@@ -30,7 +31,12 @@ class Shape:
         name = f"B{self.batch} L{lengths} H{self.heads}"
         name += f" queries {self.s_q}" if self.s_q > 1 else ""
         name += f" page {self.page}" if self.page else ""
-        return name + (f" {self.rank}/{self.rope}" if (self.rank, self.rope) != (512, 64) else "")
+        name += f" {self.rank}/{self.rope}" if (self.rank, self.rope) != (512, 64) else ""
+        return name + (f" {self.cache}" if self.quantised else "")
+
+    @property
+    def quantised(self) -> bool:
+        return self.cache != "bfloat16"
 
     def all_lengths(self) -> np.ndarray:
         return np.broadcast_to(np.asarray(self.lengths, np.int32), (self.batch,))
@@ -39,13 +45,14 @@ class Shape:
         """Operations over the entries that are valid, the diagonal of the new tokens counted whole."""
         return 2.0 * self.s_q * self.heads * int(self.all_lengths().sum()) * (2 * self.rank + self.rope)
 
-    def bytes(self, width: int = 2) -> float:
-        """The cache's entries of `width` bytes a number, once; queries and output in bf16."""
-        cache = int(self.all_lengths().sum()) * (self.rank + self.rope) * width
+    def bytes(self) -> float:
+        """The cache's entries and their factors, once; queries and output in bf16."""
+        width = (self.rank + self.rope) * jnp.dtype(self.cache).itemsize + (8 if self.quantised else 0)
+        cache = int(self.all_lengths().sum()) * width
         return cache + 2 * self.batch * self.s_q * self.heads * (2 * self.rank + self.rope)
 
     def operands(self, seed: int = 0, factor: float = 1.0):
-        """Random bf16 operands of `mla_decode` and its keyword arguments; logits scale with `factor`."""
+        """Random operands of `mla_decode` and its keyword arguments; logits scale with `factor`."""
         keys = jax.random.split(jax.random.key(seed), 3)
         lengths = self.all_lengths()
         capacity = -(-max(8, int(lengths.max())) // 8) * 8
@@ -61,7 +68,19 @@ class Shape:
         )
         c_kv = jax.random.normal(keys[1], (rows, slots, self.rank), jnp.bfloat16)
         k_rope = jax.random.normal(keys[2], (rows, slots, self.rope), jnp.bfloat16)
+        if self.quantised:
+            c_kv, options["c_kv_scale"] = quantise(c_kv, self.cache)
+            k_rope, options["k_rope_scale"] = quantise(k_rope, self.cache)
         return (q * factor, c_kv, k_rope, jnp.asarray(lengths)), options
+
+
+def quantise(x, dtype):
+    """Codes, and the float32 factor of each vector: its largest number over the dtype's."""
+    x, integer = x.astype(jnp.float32), jnp.issubdtype(dtype, jnp.integer)
+    limit = jnp.iinfo(dtype).max if integer else jnp.finfo(dtype).max
+    factor = jnp.max(jnp.abs(x), -1) / float(limit)
+    x = x / factor[..., None]
+    return (jnp.round(x) if integer else x).astype(dtype), factor
 
 
 # The decoding shapes that the issue of speed is decided on.
@@ -76,6 +95,18 @@ BENCHMARK = (
     Shape(1, 131072, 16),
     Shape(128, 4096, 16, s_q=2),
     Shape(128, 4096, 16, page=64),
+    *(
+        Shape(*lengths, heads, page=page, cache=cache)
+        for cache in ("float8_e4m3fn", "int8")
+        for lengths, heads, page in (
+            ((128, 16384), 16, 0),
+            ((128, 16384), 16, 64),
+            ((128, 4096), 16, 0),
+            ((32, 16384), 16, 0),
+            ((32, 4096), 16, 0),
+            ((128, 4096), 128, 0),
+        )
+    ),
 )
 
 # Where a kernel may go wrong: lengths off the block, nothing to see, few rows, several tiles of rows, pages.
@@ -90,4 +121,17 @@ CORRECTNESS = (
     Shape(2, (4000, 31), 16, s_q=8, page=128),
     Shape(200, 100, 8),
     Shape(2, (300, 511), 16, rank=256),
+    *(
+        Shape(*sizes, cache=cache, **more)
+        for cache in ("float8_e4m3fn", "int8")
+        for sizes, more in (
+            ((1, 1, 16), {}),
+            ((3, (0, 129, 1000), 16), {}),
+            ((4, (700, 1, 0, 513), 16), {"s_q": 2}),
+            ((2, (5, 900), 40), {"s_q": 3, "rank": 256}),
+            ((3, (1, 1500, 250), 24), {"s_q": 2, "page": 32}),
+            ((3, (77, 8000, 640), 128), {"page": 64}),
+            ((200, 100, 8), {}),
+        )
+    ),
 )

@@ -53,12 +53,12 @@ def test_any_lengths_are_shared_out(lengths, groups):
     check_shares(lengths, groups)
 
 
-def trace(shape, dtype=jnp.bfloat16):
-    """Shapes of the operands, and the function of them that calls the kernels."""
+def trace(shape, dtype=None):
+    """Shapes of the operands, of another dtype if given, and the function of them that calls the kernels."""
     (q, c_kv, k_rope, lengths), arrays = jax.eval_shape(
         lambda: (shape.operands()[0], {k: v for k, v in shape.operands()[1].items() if k != "scale"})
     )
-    operands = [jax.ShapeDtypeStruct(x.shape, dtype) for x in (q, c_kv, k_rope)]
+    operands = [jax.ShapeDtypeStruct(x.shape, dtype or x.dtype) for x in (q, c_kv, k_rope)]
 
     def f(q, c_kv, k_rope, lengths, arrays):
         return mla_decode(q, c_kv, k_rope, lengths, scale=0.1, implementation="mosaic_gpu", **arrays)
@@ -74,7 +74,14 @@ def lower(f, operands):
 @lowers
 @pytest.mark.parametrize(
     "shape",
-    [Shape(3, 300, 16), Shape(2, 700, 128, s_q=2, page=64), Shape(2, 90, 24, page=16, rank=256)],
+    [
+        Shape(3, 300, 16),
+        Shape(2, 700, 128, s_q=2, page=64),
+        Shape(2, 90, 24, page=16, rank=256),
+        Shape(2, 90, 8, page=16, rank=256),
+        Shape(3, 300, 24, cache="float8_e4m3fn"),
+        Shape(2, 700, 8, s_q=2, page=32, rank=128, cache="int8"),
+    ],
     ids=str,
 )
 def test_lowers_for_hopper(shape):
@@ -86,10 +93,11 @@ def test_lowers_for_hopper(shape):
 @pytest.mark.parametrize(
     "shape, dtype, message",
     [
-        (Shape(1, 128, 16), jnp.float32, "it takes bfloat16"),
+        (Shape(1, 128, 16), jnp.float32, "it takes bfloat16 queries"),
         (Shape(1, 128, 16, rank=192), jnp.bfloat16, "widths 192 and 64"),
         (Shape(1, 128, 16, rope=32), jnp.bfloat16, "widths 512 and 32"),
         (Shape(1, 128, 16, page=48), jnp.bfloat16, "page size 48"),
+        (Shape(1, 128, 16, page=16, cache="int8"), None, "page size 16"),
         (Shape(1, 128, 9000), jnp.bfloat16, "too many rows"),
     ],
 )
@@ -105,15 +113,18 @@ def test_not_on_cpu():
         mla_decode(*operands, implementation="mosaic_gpu", **options)
 
 
-def contiguous(cache, options):
+def contiguous(cache, factor, options):
     cache = np.asarray(cache.astype(jnp.float32), np.float64)
+    if factor is not None:
+        cache *= np.asarray(factor, np.float64)[..., None]
     if "page_table" not in options:
         return cache
     table = np.asarray(options["page_table"])
     return cache[table].reshape(len(table), -1, cache.shape[-1])
 
 
-CASES = [*((shape, 1.0) for shape in CORRECTNESS), (Shape(2, (1000, 130), 16), 20.0)]
+LARGE_LOGITS = [Shape(2, (1000, 130), 16, cache=cache) for cache in ("bfloat16", "float8_e4m3fn", "int8")]
+CASES = [*((shape, 1.0) for shape in CORRECTNESS), *((shape, 20.0) for shape in LARGE_LOGITS)]
 
 
 @pytest.mark.gpu
@@ -130,7 +141,9 @@ def test_as_exact_as_plain_jax_and_repeatable(shape, factor):
 
     first, second, peer = run("mosaic_gpu"), run("mosaic_gpu"), run("blocked")
     q, c_kv, k_rope, lengths = operands
-    exact = float64(q, lengths, contiguous(c_kv, options), contiguous(k_rope, options), options["scale"])
+    values = contiguous(c_kv, options.get("c_kv_scale"), options)
+    rope = contiguous(k_rope, options.get("k_rope_scale"), options)
+    exact = float64(q, lengths, values, rope, options["scale"])
     for mine, again, plain, want in zip(first, second, peer, exact, strict=True):
         np.testing.assert_array_equal(mine, again)
         mine, plain = np.asarray(mine, np.float64), np.asarray(plain, np.float64)
