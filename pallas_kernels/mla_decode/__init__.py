@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32, Shaped
 
 from pallas_kernels import implementations
-from pallas_kernels.mla_decode import blocked, mosaic_gpu, reference
+from pallas_kernels.mla_decode import blocked, mosaic_gpu, mosaic_tpu, reference
 
 # Each module offers `attention(q, c_kv, k_rope, lengths, page_table, c_kv_scale, k_rope_scale, *, scale)`
 # that returns (output, log-sum-exp), and `unsupported` of the same arrays.
-_MODULES = {"reference": reference, "blocked": blocked, "mosaic_gpu": mosaic_gpu}
+_MODULES = {"reference": reference, "blocked": blocked, "mosaic_gpu": mosaic_gpu, "mosaic_tpu": mosaic_tpu}
 IMPLEMENTATIONS = tuple(_MODULES)
 QUANTISED = (jnp.int8, jnp.float8_e4m3fn)
 
@@ -49,8 +49,8 @@ def mla_decode(
       c_kv_scale: factor of each entry of a quantised c_kv; required for those and for no others.
       k_rope_scale: likewise for k_rope.
       implementation: `"auto"`, or one by name: `"reference"` (the whole capacity at once, float32),
-        `"blocked"` (plain JAX, a block at a time up to the longest length) or `"mosaic_gpu"` (Hopper, bf16;
-        our kernels).
+        `"blocked"` (plain JAX, a block at a time up to the longest length), `"mosaic_gpu"` (Hopper, bf16
+        queries) or `"mosaic_tpu"` (TPU); the last two are our kernels.
 
     Returns:
       The output in the dtype of q, and the log-sum-exp of the scaled, masked logits.
@@ -62,8 +62,9 @@ def mla_decode(
     arrays = (q, c_kv, k_rope, lengths, page_table, c_kv_scale, k_rope_scale)
     _check(*arrays)
     constraints = {name: functools.partial(module.unsupported, *arrays) for name, module in _MODULES.items()}
-    ours = ("mosaic_gpu",) if implementations.on_one_device() else ()
-    preference = {"cpu": ("blocked",), "gpu": (*ours, "blocked"), "tpu": ("blocked",)}
+    preference: dict[str, tuple[str, ...]] = {name: ("blocked",) for name in ("cpu", "gpu", "tpu")}
+    if implementations.on_one_device():
+        preference |= {"gpu": ("mosaic_gpu", "blocked"), "tpu": ("mosaic_tpu", "blocked")}
     chosen = implementations.choose("mla_decode", implementation, constraints, preference)
     with jax.named_scope(f"mla_decode_{chosen}"):
         return _MODULES[chosen].attention(*arrays, scale=float(scale))
