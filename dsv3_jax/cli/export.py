@@ -28,19 +28,16 @@ def run(args: argparse.Namespace) -> int:
     import jax.numpy as jnp
     import numpy as np
 
-    from dsv3_jax.convert import export, export_plan, native, opened
+    from dsv3_jax.convert import export, export_plan, opened
     from dsv3_jax.convert.errors import ConversionError
-    from dsv3_jax.convert.hf_folder import extras
 
     start, progress = time.monotonic(), _shared.Progress("export")
     dtype = np.dtype(jnp.dtype(args.dtype)) if args.dtype else None
     try:
         with opened.open_source(args.source, keep_fp8=True) as source:
-            folder = {"dsv3": args.source / native.EXTRAS, "huggingface": args.source}.get(source.kind)
-            small = extras(folder) if folder and folder.is_dir() else []
             arrays = source.source if dtype is None and not args.fp8 else source.dequantised()
-            like = source.huggingface
-            output = export_plan.plan(arrays, like=like, dtype=dtype, quantise=args.fp8, extras=small)
+            how = dict(dtype=dtype, quantise=args.fp8, extras=source.extras)
+            output = export_plan.plan(arrays, like=source.huggingface, **how)
             export.write(arrays, args.target, output, progress)
     except ConversionError as error:
         return _shared.fail(error)

@@ -24,7 +24,6 @@ def run(args: argparse.Namespace) -> int:
     _shared.converting(args.source)
     from dsv3_jax.convert import native, opened
     from dsv3_jax.convert.errors import ConversionError
-    from dsv3_jax.convert.hf_folder import extras
 
     start, progress = time.monotonic(), _shared.Progress("import")
     try:
@@ -33,8 +32,7 @@ def run(args: argparse.Namespace) -> int:
                 print(note)
             if source.unused:
                 print(f"config.json: kept, without a part in the logits: {', '.join(source.unused)}")
-            small = extras(args.source) if source.kind == "huggingface" else []
-            native.write(source.source, args.target, source.huggingface, small, progress)
+            native.write(source.source, args.target, source.huggingface, source.extras, progress)
     except ConversionError as error:
         return _shared.fail(error)
     print(f"{args.target}: {progress.total / 1e9:.2f} GB in {time.monotonic() - start:.1f} s")

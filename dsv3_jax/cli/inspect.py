@@ -17,6 +17,9 @@ def add_parser(subparsers) -> None:
     what.add_argument(
         "folder", nargs="?", type=Path, help="a Hugging Face folder, one of ours, or a training run"
     )
+    parser.add_argument(
+        "--write-config", type=Path, metavar="FILE", help="write a configuration that fine-tunes the folder"
+    )
     parser.set_defaults(run=run)
 
 
@@ -28,6 +31,10 @@ def run(args: argparse.Namespace) -> int:
     from dsv3_jax.convert import opened
     from dsv3_jax.convert.errors import ConversionError
 
+    if args.config and args.write_config:
+        return _shared.fail(
+            "--write-config writes a configuration for a folder: give one in place of --config"
+        )
     try:
         if args.config:
             config = _config(args.config)
@@ -35,23 +42,27 @@ def run(args: argparse.Namespace) -> int:
         else:
             with opened.open_source(args.folder, keep_fp8=True) as source:
                 print("\n".join([*_model(source.config), *_stored(source), *_notes(source)]))
-    except (ConversionError, ConfigError) as error:
+                if args.write_config:
+                    _write_config(source, args.folder, args.write_config)
+    except (ConversionError, ConfigError, OSError) as error:
         return _shared.fail(error)
     return 0
 
 
+def _write_config(source, folder: Path, file: Path) -> None:
+    from dsv3_jax.convert import run_config
+    from dsv3_jax.generation.folders import tokenizer_of
+
+    with file.open("x", encoding="utf-8") as out:  # "x": an edited one is not overwritten.
+        out.write(run_config.text(source.config, folder, tokenizer_of(folder), file))
+    print(f"\n{file}: python train.py --config={file} --workdir=runs/fine-tune")
+
+
 def _config(path: Path):
-    import importlib.util
+    from dsv3_jax.cli import _shared
+    from dsv3_jax.config_checks import typed
 
-    from dsv3_jax.config_checks import ConfigError, Problem, typed
-
-    spec = importlib.util.spec_from_file_location("inspected_config", path)
-    if not path.is_file() or spec is None or spec.loader is None:
-        names = ", ".join(sorted(map(str, Path("configs").glob("*.py"))))
-        raise ConfigError([Problem("config", str(path), f"no such file; there are {names}")])
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return typed(module.get_config()).model
+    return typed(_shared.load_config(path)).model
 
 
 def _model(config) -> list[str]:

@@ -7,7 +7,7 @@
     compare         which fields decide a model's logits, and where two models differ in them
     mapping         which tensor of a Hugging Face folder is which part of which array
     sources         where arrays come from: a Hugging Face folder, our folder, a training run, memory
-    hf_folder       a Hugging Face folder, checked whole before anything is read from it
+    hf_folder       a Hugging Face folder, checked whole before anything is read from it; hf_files its files
     native          our folder, written from any source, resumed after a kill; native_folder reads it back
     export          a Hugging Face folder written from any source; export_plan says what
     load            arrays on their devices from any source

@@ -17,7 +17,8 @@ import numpy as np
 from dsv3_jax.convert import fp8, mapping, native, safetensors
 from dsv3_jax.convert.errors import ConversionError
 from dsv3_jax.convert.export_plan import Output, Planned
-from dsv3_jax.convert.hf_folder import INDEX, SCALE, SINGLE
+from dsv3_jax.convert.hf_files import INDEX, SINGLE
+from dsv3_jax.convert.hf_folder import SCALE
 from dsv3_jax.convert.mapping import Tensor
 from dsv3_jax.convert.native_folder import NativeFolder
 from dsv3_jax.convert.sources import Dequantised, Source, rows_of
@@ -206,8 +207,8 @@ def _finish(folder: Path, output: Output) -> None:
         )
         index = {"metadata": {"total_size": size}, "weight_map": where}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    for extra in output.extras:
-        shutil.copyfile(extra, folder / extra.name)
+    for name, file in output.extras.items():
+        shutil.copyfile(file, folder / name)
     (folder / native.JOURNAL).unlink(missing_ok=True)
     (folder / "identity.json").unlink()
     # Last: without it no library takes the folder for a model.

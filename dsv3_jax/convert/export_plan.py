@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,7 +10,8 @@ import numpy as np
 
 from dsv3_jax.convert import compare, fp8, hf_config, hf_config_write, mapping, native
 from dsv3_jax.convert.errors import ConversionError
-from dsv3_jax.convert.hf_folder import DERIVED, SCALE, SINGLE
+from dsv3_jax.convert.hf_files import SINGLE
+from dsv3_jax.convert.hf_folder import DERIVED, SCALE
 from dsv3_jax.convert.mapping import Layout, Tensor
 from dsv3_jax.convert.sources import Dequantised, Source
 
@@ -40,7 +42,7 @@ class Output(NamedTuple):
     files: Plan
     metadata: dict[str, dict[str, str]]
     config: dict[str, Any]
-    extras: list[Path]  # Small files to copy.
+    extras: Mapping[str, Path]  # Small files to copy, by name.
 
 
 def plan(
@@ -50,38 +52,39 @@ def plan(
     dtype: np.dtype | None = None,
     quantise: bool = False,
     shard: int = SHARD,
-    extras: list[Path] | None = None,
+    extras: Mapping[str, Path] | None = None,
 ) -> Output:
     """What to write.
 
     Args:
       source: the arrays.
       like: of the folder that they came from (`opened.description`): the same files, names, dtypes and
-        configuration, unless `dtype` or `quantise` ask for others.
+        configuration, unless `dtype` or `quantise` ask for others. Of a training run it has the
+        configuration alone.
       dtype: of all tensors but the router bias; None keeps each as it is.
       quantise: linear layers in E4M3 with block scales, as DeepSeek-V3 was released.
       shard: bytes of a file.
-      extras: small files that belong to the folder.
+      extras: small files that belong to the folder, by name.
 
     Raises:
       ConversionError: the model has properties that no Hugging Face class expresses.
     """
-    changed = dtype is not None or quantise
-    if changed and any(path[0] == "scales" for path in source.leaves):
+    same_files = like is not None and "files" in like and dtype is None and not quantise
+    if (dtype is not None or quantise) and any(path[0] == "scales" for path in source.leaves):
         source = Dequantised(source)
     _check_bias(source)
-    layout = Layout(**like["layout"]) if like else Layout()
+    layout = Layout(**like["layout"]) if like and "layout" in like else Layout()
     tensors = mapping.tensors(source.config, layout)
     planned: dict[str, Planned] = {}
     for name, tensor in tensors.items():
         planned |= _planned(source, name, tensor, dtype, quantise)
-    if like and not changed:
+    if like and same_files:
         files, metadata = _as_before(planned, like)
     else:
         files = _shards(planned, shard)
         metadata = {file: {"format": "pt"} for file in files}
-    kept_fp8 = any(p.dtype == fp8.E4M3 for p in planned.values())
-    return Output(files, metadata, _config(source, like, planned, kept_fp8), list(extras or []))
+    before = like["config"] if like else {}
+    return Output(files, metadata, _config(source, before, planned, same_files), extras or {})
 
 
 def _planned(source: Source, name: str, tensor: Tensor, dtype, quantise: bool) -> dict[str, Planned]:
@@ -158,12 +161,15 @@ def _shards(planned: dict[str, Planned], limit: int) -> Plan:
     return {f"model-{i:05d}-of-{count:05d}.safetensors": group for i, group in enumerate(groups, start=1)}
 
 
-def _config(source: Source, like: dict[str, Any] | None, planned: dict[str, Planned], quantised: bool):
-    before = like["config"] if like else {}
+def _config(source: Source, before: dict[str, Any], planned: dict[str, Planned], same_dtypes: bool):
+    quantised = any(p.dtype == fp8.E4M3 for p in planned.values())
     kinds = [p.dtype for p in planned.values() if p.dtype != fp8.E4M3 and p.tensor.leaf[:1] == ("params",)]
     name = str(max(kinds, key=kinds.count)) if kinds else "bfloat16"
     if before and compare.same_model(hf_config.from_hf(before).config, source.config):
         tree = dict(before)
+        if not same_dtypes:
+            fields = [field for field in ("dtype", "torch_dtype") if field in tree] or ["torch_dtype"]
+            tree |= dict.fromkeys(fields, name)
     else:
         try:
             new = hf_config_write.to_hf(source.config, fp8=quantised, dtype=name)

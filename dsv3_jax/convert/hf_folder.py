@@ -1,21 +1,19 @@
-"""A Hugging Face folder: config.json, safetensors files and their index, checked whole before it is used."""
+"""A Hugging Face folder as a source: refused unless its tensors are those of the model of its config.json."""
 
-import json
+import dataclasses
 import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from dsv3_jax.config import MTPConfig
 from dsv3_jax.convert import fp8, hf_config, mapping, safetensors
 from dsv3_jax.convert.errors import ConversionError
+from dsv3_jax.convert.hf_files import HFFiles
 from dsv3_jax.convert.mapping import Layout, Leaf, Tensor
 from dsv3_jax.convert.mapping import Path as LeafPath
 from dsv3_jax.convert.sources import BF16, PIECE, Files, dequantise_rows
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 SCALE = "_scale_inv"  # Behind the name of a tensor in E4M3.
 FLOATS = ("F32", "F16", "BF16", "F8_E4M3")
 # Buffers that old versions of transformers saved; they follow from the configuration.
@@ -44,17 +42,14 @@ class HFFolder:
 
     def __init__(self, path: str | Path, keep_fp8: bool = False):
         self.path = Path(path)
-        self.notes: list[str] = []
-        self.unused: list[str] = []
-        self._problems: list[str] = []
-        self.files: dict[str, dict[str, safetensors.Entry]] = {}
-        self.metadata: dict[str, dict[str, str]] = {}
+        found = HFFiles(self.path)
+        self.hf_config, self.files, self.metadata = found.config, found.headers, found.metadata
+        self.notes, self._problems = found.notes, found.problems
         self._descriptors = Files()
-        imported = self._read_config()
-        self._read_files()
-        if imported is not None and self.files:
-            self._match(imported)
+        if found.imported is not None and self.files:
+            self._match(found.imported)
         self._raise()
+        self.unused = found.imported.unused if found.imported else []
         self._verify_copies()
         self._raise()
         self._make_leaves(keep_fp8)
@@ -67,112 +62,6 @@ class HFFolder:
     def close(self) -> None:
         """Closes the files."""
         self._descriptors.close()
-
-    # ------------------------------------------------------------------------- what the folder holds
-
-    def _json(self, name: str) -> dict[str, Any] | None:
-        try:
-            tree = json.loads((self.path / name).read_text(encoding="utf-8"))
-            if isinstance(tree, dict):
-                return tree
-            self._problems.append(f"{name}: not a JSON object")
-        except OSError as error:
-            self._problems.append(f"{name}: {error.strerror}")
-        except ValueError as error:
-            self._problems.append(f"{name}: not JSON: {error}")
-        return None
-
-    def _read_config(self) -> hf_config.Imported | None:
-        if not self.path.is_dir():
-            self._problems.append("no such directory")
-            self._raise()
-        self.hf_config = self._json("config.json") or {}
-        if not self.hf_config:
-            return None
-        try:
-            imported = hf_config.from_hf(self.hf_config)
-        except ValueError as error:
-            self._problems += [f"config.json: {problem}" for problem in error.args[0]]
-            return None
-        self.notes += imported.notes
-        self.unused = imported.unused
-        return imported
-
-    def _read_files(self) -> None:
-        here = sorted(p.name for p in self.path.iterdir() if p.name.endswith(".safetensors"))
-        pickled = sorted(p.name for p in self.path.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
-        weight_map = None
-        if (self.path / INDEX).exists():
-            weight_map = self._read_index()
-            if weight_map is None:
-                return
-            files = sorted(set(weight_map.values()))
-            self._problems += [f"{INDEX}: {name} is not listed" for name in here if _is_shard(name, files)]
-            self.notes += [
-                f"{name}: not in the index, not read"
-                for name in set(here) - set(files)
-                if not _is_shard(name, files)
-            ]
-        elif (self.path / SINGLE).exists():
-            files = [SINGLE]
-            self._problems += [
-                f"{name}: there is no {INDEX} that lists it" for name in here if name != SINGLE
-            ]
-        else:
-            files = []
-            why = f"no {INDEX} and no {SINGLE}"
-            if pickled:
-                why += (
-                    f"; {pickled[0]} is a pickle, which runs code when it is read: convert it to safetensors"
-                )
-            self._problems.append(why)
-        for name in files:
-            self._read_file(name)
-        if weight_map is not None:
-            self._compare_index(weight_map)
-
-    def _read_index(self) -> dict[str, str] | None:
-        tree = self._json(INDEX)
-        if tree is None:
-            return None
-        weight_map = tree.get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            self._problems.append(f"{INDEX}: no weight_map")
-            return None
-        for name, file in weight_map.items():
-            if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-                self._problems.append(
-                    f"{INDEX}: {name} is in {file!r}, which is no safetensors file of this folder"
-                )
-        self._total = (
-            (tree.get("metadata") or {}).get("total_size") if isinstance(tree.get("metadata"), dict) else None
-        )
-        return (
-            None if self._problems and any("no safetensors file" in p for p in self._problems) else weight_map
-        )
-
-    def _read_file(self, name: str) -> None:
-        try:
-            header = safetensors.read_header(self.path / name)
-        except OSError as error:
-            self._problems.append(f"{name}: {error.strerror}")
-        except ValueError as error:
-            self._problems.append(f"{name}: {error}")
-        else:
-            self.files[name], self.metadata[name] = header.entries, header.metadata
-
-    def _compare_index(self, weight_map: dict[str, str]) -> None:
-        for name, file in weight_map.items():
-            if file in self.files and name not in self.files[file]:
-                self._problems.append(f"{INDEX}: {name} is not in {file}")
-        for file, entries in self.files.items():
-            for name in entries:
-                if weight_map.get(name) != file:
-                    says = weight_map.get(name, "nowhere")
-                    self._problems.append(f"{INDEX}: {name} is in {file}, the index says {says}")
-        size = sum(e.stop - e.start for entries in self.files.values() for e in entries.values())
-        if self._total is not None and self._total != size:
-            self.notes.append(f"{INDEX}: total_size = {self._total!r}, the tensors have {size} bytes")
 
     # ------------------------------------------------------------- whether it is the model it says
 
@@ -190,7 +79,7 @@ class HFFolder:
             self.notes.append(
                 f"config.json: {config.mtp.depth} prediction layers, but the folder has none: left out"
             )
-            config = _replace_depth(config, 0)
+            config = dataclasses.replace(config, mtp=MTPConfig(depth=0))
         self.config = config
         depth = f"model.layers.{config.n_layers}."
         copies = any(name.startswith(depth) and ".embed_tokens." in name for name in names)
@@ -360,23 +249,3 @@ class HFFolder:
     def _read_scales(self, path: LeafPath, lead: tuple[int, ...], start: int, out: np.ndarray) -> None:
         parts = [self._scales(name) for _, name, _ in sorted(self._tensors_of(path, lead))]
         out[:] = np.concatenate(parts)[start : start + len(out)]
-
-
-def _is_shard(name: str, listed: list[str]) -> bool:
-    """Whether a file that the index does not list looks like one that it should."""
-    return name not in listed and bool(re.fullmatch(r"model-\d+-of-\d+\.safetensors", name))
-
-
-def _replace_depth(config, depth: int):
-    import dataclasses
-
-    return dataclasses.replace(config, mtp=MTPConfig(depth=depth))
-
-
-def extras(folder: Path) -> list[Path]:
-    """The small files of a release besides weights and configuration: tokenizer, templates, licence."""
-    kinds = (".json", ".txt", ".model", ".jinja", ".md")
-    found = [
-        p for p in sorted(folder.iterdir()) if p.is_file() and (p.suffix in kinds or p.name == "LICENSE")
-    ]
-    return [p for p in found if p.name not in ("config.json", INDEX) and p.stat().st_size <= 1 << 28]

@@ -16,9 +16,10 @@ import math
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -142,18 +143,22 @@ def check_target(path: Path, size: int) -> None:
     done = sum(file.stat().st_size for file in partial(path).rglob("*") if file.is_file())
     free = shutil.disk_usage(nearest).free
     if free < size - done:
-        problems.append(f"{(size - done) / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
+        problems.append(f"{_bytes(size - done)} are needed, {_bytes(free)} are free")
     if not os.access(nearest, os.W_OK):
         problems.append(f"{nearest} is not writable")
     if problems:
         raise ConversionError(f"{path} cannot be written", problems)
 
 
+def _bytes(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
 def write(
     source: Source,
     path: Path,
     huggingface: dict[str, Any] | None = None,
-    extras: Iterable[Path] = (),
+    extras: Mapping[str, Path] = MappingProxyType({}),
     progress: Progress | None = None,
 ) -> None:
     """Writes a source as our folder, or continues to.
@@ -162,7 +167,7 @@ def write(
       source: where the arrays come from.
       path: must not exist; `<path>.partial` is continued if it is there.
       huggingface: what `export` needs to write the folder as it came.
-      extras: small files to keep beside the arrays, in the folder `huggingface`.
+      extras: small files to keep beside the arrays, in the folder `huggingface`, by name.
       progress: called as bytes are written.
 
     Raises:
@@ -197,8 +202,8 @@ def write(
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
-        for extra in extras:
-            _keep(extra, folder, done)
+        for name, file in extras.items():
+            _keep(name, file, folder, done)
         _finish(source, folder, done, huggingface)
         os.sync()  # The data before the name.
         folder.rename(path)
@@ -276,11 +281,11 @@ def _finish(
     (folder / MANIFEST).write_text(whole, encoding="utf-8")
 
 
-def _keep(extra: Path, folder: Path, done: dict[str, tuple[int, int]]) -> None:
-    data = extra.read_bytes()
+def _keep(name: str, file: Path, folder: Path, done: dict[str, tuple[int, int]]) -> None:
+    data = file.read_bytes()
     (folder / EXTRAS).mkdir(exist_ok=True)
-    (folder / EXTRAS / extra.name).write_bytes(data)
-    done[f"{EXTRAS}/{extra.name}"] = (len(data), zlib.crc32(data))
+    (folder / EXTRAS / name).write_bytes(data)
+    done[f"{EXTRAS}/{name}"] = (len(data), zlib.crc32(data))
 
 
 def _write_json(folder: Path, name: str, tree: dict[str, Any], done: dict[str, tuple[int, int]]) -> None:

@@ -3,18 +3,22 @@
 import contextlib
 import json
 import logging
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from dsv3_jax.checkpoint import integrity
-from dsv3_jax.config import ModelConfig
+from dsv3_jax.config import Config, ModelConfig
 from dsv3_jax.config_checks import ConfigError, typed
 from dsv3_jax.convert import native
 from dsv3_jax.convert.errors import ConversionError
+from dsv3_jax.convert.hf_files import extras
 from dsv3_jax.convert.hf_folder import HFFolder
 from dsv3_jax.convert.native_folder import NativeFolder
 from dsv3_jax.convert.sources import Dequantised, RunSource, Source
+
+TOKENIZER = re.compile(r"tokenizer|special_tokens_map\.json|added_tokens\.json|chat_template|vocab|merges")
 
 
 class Opened:
@@ -23,13 +27,17 @@ class Opened:
     Attributes:
       kind: "huggingface", "dsv3" or "run".
       source: its arrays, E4M3 kept where asked for.
-      huggingface: how the Hugging Face folder looked that it came from, if it did.
+      huggingface: how the Hugging Face folder looked that it came from, if it did; of a training run that
+        started from one, its configuration.
+      extras: the small files that belong to the model, by name.
       notes: what was found, is unknown or contradicts something, and was not used.
       unused: fields of config.json that have no part in the logits.
     """
 
-    def __init__(self, kind: str, source: Any, huggingface: dict[str, Any] | None):
-        self.kind, self.source, self.huggingface = kind, source, huggingface
+    def __init__(
+        self, kind: str, source: Any, huggingface: dict[str, Any] | None, extras: Mapping[str, Path]
+    ):
+        self.kind, self.source, self.huggingface, self.extras = kind, source, huggingface, extras
         self.notes: list[str] = getattr(source, "notes", [])
         self.unused: list[str] = getattr(source, "unused", [])
 
@@ -67,13 +75,14 @@ def open_source(path: str | Path, keep_fp8: bool = False, quick: bool = False) -
     path = Path(path)
     if (path / native.MANIFEST).exists():
         folder = NativeFolder(path)
-        yield Opened("dsv3", folder, folder.huggingface)
+        yield Opened("dsv3", folder, folder.huggingface, extras(path / native.EXTRAS))
     elif step := _checkpoint(path):
-        yield Opened("run", _run(step, quick), None)
+        config = _run_config(step, quick)
+        yield Opened("run", RunSource(config.model, step), *_origin(config))
     else:
         folder = HFFolder(path, keep_fp8)
         try:
-            yield Opened("huggingface", folder, description(folder))
+            yield Opened("huggingface", folder, description(folder), extras(path))
         finally:
             folder.close()
 
@@ -98,12 +107,32 @@ def _checkpoint(path: Path) -> Path | None:
     return None
 
 
-def _run(step: Path, quick: bool) -> RunSource:
+def _run_config(step: Path, quick: bool) -> Config:
     problems = integrity.problems(step, quick)
     if problems:
         raise ConversionError(f"{step} is damaged", problems)
     try:
-        config = typed(json.loads((step / "config" / "metadata").read_text(encoding="utf-8")))
-        return RunSource(config.model, step)
+        return typed(json.loads((step / "config" / "metadata").read_text(encoding="utf-8")))
     except (OSError, ValueError, ConfigError) as error:
         raise ConversionError(f"{step} cannot be read", [str(error)]) from error
+
+
+def _origin(config: Config) -> tuple[dict[str, Any] | None, dict[str, Path]]:
+    """(configuration, small files) of the release that a run was trained from, if it is still there.
+
+    The tokenizer is that of the run, which may have more tokens.
+    """
+    tree, small = None, {}
+    if config.train.init_from:
+        with (
+            contextlib.suppress(ConversionError),
+            open_source(config.train.init_from, quick=True) as origin,
+        ):
+            small = dict(origin.extras)
+            if origin.huggingface:
+                tree = {"config": origin.huggingface["config"]}
+    file = Path(config.data.tokenizer).expanduser()
+    if file.is_file():
+        small |= {name: path for name, path in extras(file.parent).items() if TOKENIZER.match(name)}
+        small["tokenizer.json"] = file
+    return tree, small
