@@ -24,7 +24,7 @@ RANKS = [
     {"inspection", "pretrained", "scaling"},
     {"generation"},
     {"training", "evaluation", "serving"},
-    {"posttrain"},
+    {"posttrain", "planning"},
     {"cli"},
 ]
 # Siblings of one rank that may see each other.

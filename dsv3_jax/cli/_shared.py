@@ -1,10 +1,12 @@
 """What several subcommands need."""
 
+import importlib.util
 import os
 import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 READ_AHEAD = 1 << 30  # Bytes that are on their way into memory while the libraries are imported.
 
@@ -48,10 +50,27 @@ def _read_ahead(folder: Path) -> None:
             return
 
 
-def fail(error: object) -> int:
+def fail(error: object, code: int = 1) -> int:
     """Prints an error without a traceback; the exit code."""
     print(error, file=sys.stderr)
-    return 1
+    return code
+
+
+def load_config(path: Path) -> Any:
+    """The ConfigDict of a configuration file.
+
+    Raises:
+      ConfigError: there is no such file.
+    """
+    from dsv3_jax.config_checks import ConfigError, Problem
+
+    spec = importlib.util.spec_from_file_location("run_config", path)
+    if not path.is_file() or spec is None or spec.loader is None:
+        names = ", ".join(sorted(map(str, Path("configs").glob("*.py"))))
+        raise ConfigError([Problem("config", str(path), f"no such file; there are {names}")])
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
 
 
 class Progress:

@@ -1,4 +1,4 @@
-"""`dsv3 plan`: what a pipeline schedule costs, drawn and beside its rivals."""
+"""`dsv3 plan`: what a run takes before any machine is rented, or a pipeline schedule."""
 
 import argparse
 import shutil
@@ -9,43 +9,113 @@ from pathlib import Path
 def add_parser(subparsers) -> None:
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "plan",
-        help="simulate a pipeline schedule: bubble, memory, and a chart",
-        description="Simulates a pipeline schedule. Times are of one micro-batch on a rank's share of the "
-        "model, layers / ranks, in any unit; where it is cut finer a stage takes proportionally less.",
+        help="what a run takes before any machine is rented: memory, time, money; or a pipeline schedule",
+        description="With --config and --topology: HBM by kind, FLOPs, traffic, a roofline and a cost; "
+        "for TPUs the training step is compiled ahead of time. With --budget: the scaling laws. "
+        "With --pipeline: a schedule simulated.",
     )
-    parser.add_argument(
-        "--pipeline",
-        required=True,
-        metavar="NAME",
-        help="gpipe, 1f1b, interleaved, zb1p, dualpipe or dualpipev",
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "--topology",
+        metavar="CHIP:SHAPE",
+        help="v5p:16x16x16 or v6e:16x16 (chips), h100:256x8 (nodes x GPUs), h200:2",
     )
-    parser.add_argument("--ranks", required=True, type=int, metavar="N")
-    parser.add_argument(
-        "--microbatches", required=True, type=int, metavar="M", help="a step, in all directions"
+    what.add_argument("--budget", type=float, metavar="FLOPS", help="compute to spend, for example 1e23")
+    what.add_argument(
+        "--pipeline", metavar="NAME", help="gpipe, 1f1b, interleaved, zb1p, dualpipe or dualpipev"
     )
-    parser.add_argument(
+    _run_arguments(parser.add_argument_group("with --topology"))
+    budget = parser.add_argument_group("with --budget")
+    budget.add_argument("--flops-per-device", type=float, metavar="F", help="FLOP/s that a device reaches")
+    budget.add_argument("--days", type=float, default=30.0, metavar="N", help="default: 30")
+    _pipeline_arguments(parser)
+    parser.set_defaults(run=run, overrides=[])
+
+
+def _run_arguments(group) -> None:
+    group.add_argument("--config", type=Path, metavar="FILE", help="of configs/; --config.FIELD=VALUE sets")
+    group.add_argument("--search", action="store_true", help="try meshes, ZeRO, remat and micro-batches")
+    group.add_argument("--no-compile", action="store_true", help="TPUs: the analytical model alone")
+    group.add_argument("--mfu", type=float, metavar="M", help="the part of the bf16 peak that a run reaches")
+    group.add_argument("--price", type=float, metavar="USD", help="a device-hour")
+
+
+def _pipeline_arguments(parser) -> None:
+    group = parser.add_argument_group(
+        "with --pipeline",
+        "Times are of one micro-batch on a rank's share of the model, layers / ranks, in any unit; "
+        "where it is cut finer a stage takes proportionally less.",
+    )
+    group.add_argument("--ranks", type=int, metavar="N")
+    group.add_argument("--microbatches", type=int, metavar="M", help="a step, in all directions")
+    group.add_argument(
         "--chunks", type=int, default=2, metavar="C", help="stages a rank of interleaved; default: 2"
     )
-    parser.add_argument("--layers", type=int, metavar="L", help="of the model; uneven stages then count")
-    times = parser.add_argument_group("times")
-    times.add_argument("--forward", type=_time, default=Fraction(1), metavar="T", help="default: 1")
-    times.add_argument(
+    group.add_argument("--layers", type=int, metavar="L", help="of the model; uneven stages then count")
+    group.add_argument("--forward", type=_time, default=Fraction(1), metavar="T", help="default: 1")
+    group.add_argument(
         "--backward", type=_time, default=Fraction(2), metavar="T", help="the whole of it; default: 2"
     )
-    times.add_argument(
+    group.add_argument(
         "--weight", type=_time, default=Fraction(1), metavar="T", help="its part for the weights; default: 1"
     )
-    times.add_argument("--overlapped", type=_time, metavar="T", help="F&B; default: forward + backward")
-    times.add_argument(
+    group.add_argument("--overlapped", type=_time, metavar="T", help="F&B; default: forward + backward")
+    group.add_argument(
         "--send", type=_time, default=Fraction(0), metavar="T", help="from rank to rank; default: 0"
     )
-    parser.add_argument("--png", type=Path, metavar="FILE", help="write the chart as a picture")
-    parser.add_argument("--no-chart", action="store_true", help="numbers only")
-    parser.set_defaults(run=run)
+    group.add_argument("--png", type=Path, metavar="FILE", help="write the chart as a picture")
+    group.add_argument("--no-chart", action="store_true", help="numbers only")
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints the plan. Returns the exit code."""
+    from dsv3_jax.cli import _shared
+
+    if args.pipeline is not None:
+        missing = [name for name in ("ranks", "microbatches") if getattr(args, name) is None]
+        if missing:
+            return _shared.fail(f"dsv3 plan: --pipeline needs --{' and --'.join(missing)}", 2)
+        return _run_pipeline(args)
+    _shared.on_cpu()
+    from dsv3_jax.config_checks import ConfigError
+    from dsv3_jax.planning import PlanError, parse_topology, report
+
+    try:
+        if args.budget is not None:
+            lines = report.budget(args.budget, args.flops_per_device, args.days)
+        else:
+            topology = parse_topology(args.topology)
+            config = _config(args, topology.n_devices)
+            compile_ = not args.no_compile
+            if args.search:
+                lines = report.ranking(config, topology, compile_)
+            else:
+                lines = report.plan(config, topology, mfu=args.mfu, price=args.price, compile_=compile_)
+    except (PlanError, ConfigError) as error:
+        return _shared.fail(f"dsv3 plan: {error}", 2)
+    print("\n".join(lines))
+    return 0
+
+
+def _config(args: argparse.Namespace, n_devices: int):
+    """The typed config, checked; its mesh too, unless a search replaces it."""
+    from dsv3_jax import mesh_checks
+    from dsv3_jax.cli import _shared
+    from dsv3_jax.config_checks import Problem, override, typed
+    from dsv3_jax.planning import PlanError
+
+    if args.config is None:
+        raise PlanError("--topology needs --config=FILE, for example configs/v3_671b.py")
+    tree = _shared.load_config(args.config)
+    problems = override(tree, args.overrides)
+
+    def mesh(config):
+        return [] if args.search else [Problem(*found) for found in mesh_checks.problems(config, n_devices)]
+
+    return typed(tree, problems, mesh)
+
+
+def _run_pipeline(args: argparse.Namespace) -> int:
     from dsv3_jax.cli import _shared
     from dsv3_jax.pipeline import NAMES, Durations, ScheduleError, build, chart
 

@@ -1,0 +1,153 @@
+"""HBM of a device at the peak of a training step, by kind, without compiling anything.
+
+    state        parameters and moments, as the program lays them out
+    gradients    float32 as the parameters; twice that when micro-batches are summed
+    activations  what the forward pass keeps for the backward pass (traced: `shapes.kept_for_backward`)
+    temporaries  the largest working set of a layer's backward pass, or of the loss, and the weights that are
+                 gathered for it
+
+The working sets are counted by hand below, from what the backward pass of a layer has at once.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from dsv3_jax.config import Config
+from dsv3_jax.parallel.exchange import capacity
+from dsv3_jax.parallel.transport import Wire, choose
+from dsv3_jax.planning import flops
+from dsv3_jax.planning.shapes import Split, kept_for_backward, parts
+
+
+class Memory(NamedTuple):
+    """Bytes of a device."""
+
+    parameters: float
+    optimizer: float
+    gradients: float
+    activations: float
+    temporaries: float
+
+    @property
+    def total(self) -> float:
+        """At the peak."""
+        return sum(self)
+
+
+class Rows(NamedTuple):
+    """What the routed experts of a device work on in a layer."""
+
+    slots: float  # Tokens in the buffer that arrives; the tokens here where experts are not spread.
+    rows: float  # (Token, expert) pairs that are multiplied.
+    sent: float  # Tokens that leave for other devices.
+
+
+def tokens_of(config: Config, split: Split) -> float:
+    """Tokens of a micro-batch on a device."""
+    micro = config.train.micro_batch_size or config.train.batch_size
+    return micro * config.train.seq_len / (split.data * split.expert)
+
+
+def expert_rows(config: Config, split: Split, platform: str) -> Rows:
+    """Rows and buffers of the routed experts for a micro-batch with balanced routing."""
+    moe, tokens = config.model.moe, tokens_of(config, split)
+    if flops.layers(config.model)[1] == 0:
+        return Rows(0, 0, 0)
+    if split.expert == 1:
+        return Rows(tokens, tokens * moe.top_k, 0)
+    transport = choose(config.mesh.transport, platform)
+    groups = (moe.n_groups, moe.topk_groups)
+
+    def room(slack: float):
+        wire = Wire("expert", split.expert, transport, slack)
+        return capacity(int(tokens), moe.top_k, moe.n_experts, wire, groups)
+
+    buffers = room(config.mesh.dispatch_slack)
+    # A dense exchange moves whole buffers, a ragged one what is in use.
+    moved = room(1.0).slots if transport == "ragged" else buffers.slots
+    ranks = split.expert
+    return Rows(ranks * buffers.slots, ranks * buffers.copies, (ranks - 1) * moved)
+
+
+def of_step(config: Config, split: Split, platform: str, probe: bool = False) -> Memory:
+    """The memory of a training step on one device of a mesh.
+
+    With `probe` the activations are those of two expert ranks, if there are more: what a device keeps hardly
+    depends on their number, and a search need not trace the model for every one.
+    """
+    held = parts(config, split)
+    train = config.train
+    micro = train.micro_batch_size or train.batch_size
+    moment = jnp.dtype(config.optimizer.moment_dtype).itemsize
+    parameters = 4.0 * sum(part.held for part in held.values())
+    optimizer = 2.0 * moment * sum(part.moments for part in held.values())
+    copies = 1 if micro == train.batch_size else 2
+    sequences = micro / (split.data * split.expert)
+    activations = sequences * kept_for_backward(
+        config, min(split.expert, 2) if probe else split.expert, platform
+    )
+    layer = max(_attention(config, split), _dense(config, split), _experts(config, split, platform))
+    gradients = copies * parameters
+    backward = layer + _whole_tables(config, split)
+    loss = _loss(config, split) - gradients / copies  # The layers' gradients are not there yet.
+    return Memory(parameters, optimizer, gradients, activations, max(backward, loss))
+
+
+def _bytes(config: Config) -> int:
+    return 4 if config.train.precision == "fp32" else 2
+
+
+def _weights(config: Config, elements: float) -> float:
+    """A layer's weights, whole, in the compute dtype, and their gradients before they are split."""
+    return 2 * elements * _bytes(config)
+
+
+def _attention(config: Config, split: Split) -> float:
+    """Queries, keys, values and output, and the gradient of each; the hidden state in float32."""
+    a, model = config.model.attention, config.model
+    qk, v = flops.widths(a)
+    elements = a.n_heads * (4 * qk + 4 * v)
+    weights = flops.forward(model, 1)
+    a_layer = (weights.up_projections + 2.0 * a.n_heads * v * model.d_model) / 2 / sum(flops.layers(model))
+    tokens = tokens_of(config, split)
+    return tokens * (elements * _bytes(config) + 8 * model.d_model) + _weights(config, a_layer)
+
+
+def _dense(config: Config, split: Split) -> float:
+    model, tokens = config.model, tokens_of(config, split)
+    if flops.layers(model)[0] == 0:
+        return 0.0
+    wide = tokens * 5 * model.d_ff * _bytes(config) + tokens * 8 * model.d_model
+    return wide + _weights(config, 3 * model.d_model * model.d_ff)
+
+
+def _experts(config: Config, split: Split, platform: str) -> float:
+    """Rows and the gradients of rows, SwiGLU's input and its gradient, its output; weights and gradients."""
+    model, moe = config.model, config.model.moe
+    found = expert_rows(config, split, platform)
+    if not found.rows:
+        return 0.0
+    wide = found.rows * (2 * model.d_model + 5 * moe.d_ff_expert)
+    if split.expert > 1:  # The buffers of what leaves and what arrives.
+        wide += 2 * found.slots * model.d_model
+    weights = 3 * model.d_model * moe.d_ff_expert * moe.n_experts / split.expert
+    # Inside `shard_map` gradients are summed over the replicas as the parameters are, in float32.
+    summed = 4 * weights if split.data > 1 else 0
+    return wide * _bytes(config) + _weights(config, weights) + summed
+
+
+def _whole_tables(config: Config, split: Split) -> float:
+    """The embedding is gathered whole for the look-up; with MTP its gradient is there early."""
+    if split.sharding != "fsdp" or split.data == 1:
+        return 0.0
+    table = config.model.vocab_size * config.model.d_model
+    return table * (_bytes(config) + (4.0 if config.model.mtp.depth else 0.0))
+
+
+def _loss(config: Config, split: Split) -> float:
+    """Logits in float32 of a chunk, their exponentials, and the gradient in the compute dtype."""
+    train = config.train
+    chunk = train.loss_chunk or train.seq_len
+    logits = tokens_of(config, split) / train.seq_len * chunk * config.model.vocab_size
+    return logits * (8 + _bytes(config))
