@@ -36,8 +36,9 @@ def run(args: argparse.Namespace) -> int:
     try:
         with opened.open_source(args.source, keep_fp8=True) as source:
             arrays = source.source if dtype is None and not args.fp8 else source.dequantised()
-            how = dict(dtype=dtype, quantise=args.fp8, extras=source.extras)
-            output = export_plan.plan(arrays, like=source.huggingface, **how)
+            output = export_plan.plan(
+                arrays, like=source.huggingface, dtype=dtype, quantise=args.fp8, extras=source.extras
+            )
             export.write(arrays, args.target, output, progress)
     except ConversionError as error:
         return _shared.fail(error)
