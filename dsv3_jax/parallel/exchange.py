@@ -142,14 +142,17 @@ class Exchange(NamedTuple):
 
     def collect(self, rows: Float[Array, "copies d"]) -> Float[Array, "tokens d"]:
         """The sum of each token's copies: on their rank, then over the ranks, each accumulated in float32."""
+        return self.home(self.there.collect(rows).astype(jnp.float32).sum(1).astype(rows.dtype))
+
+    def home(self, slots: Float[Array, "slots d"]) -> Float[Array, "tokens d"]:
+        """The transpose of `send`: what the ranks have in a token's slots, summed in float32."""
         with jax.named_scope("combine"):
-            sums = self.there.collect(rows).astype(jnp.float32).sum(1).astype(rows.dtype)
-            back = self._back(sums)
+            back = self._back(slots)
             place, most = self.place, self.rank.shape[1]
             if place.shape[1] > most:  # A token reaches at most `top_k` ranks.
                 place = jnp.sort(place, axis=1)[:, :most]
             parts = back.at[place].get(mode="fill", fill_value=0)
-            return parts.astype(jnp.float32).sum(1).astype(rows.dtype)
+            return parts.astype(jnp.float32).sum(1).astype(slots.dtype)
 
     def spread_gates(self, gates: Float[Array, "tokens top_k"]) -> Float[Array, " copies"]:
         """The gate of each row."""
@@ -191,8 +194,9 @@ def exchange(
     # Which experts of the destination a slot asks for; an empty slot asks for none.
     asked = indices.at[token].get(mode="fill", fill_value=n_experts) - (ranks * here)[:, None, None]
     asked = move(jnp.where((asked >= 0) & (asked < here), asked, here), wire, sent, received)
-    filled = jnp.arange(room.slots) < received[:, None]
-    there = _receive(jnp.where(filled[:, :, None], asked, here), here, wire.ranks * room.copies)
+    if wire.transport == "ragged":  # Slots that are not in use did not travel.
+        asked = jnp.where(jnp.arange(room.slots)[:, None] < received[:, None, None], asked, here)
+    there = _receive(asked, here, wire.ranks * room.copies)
     place = jnp.where(goes, ranks * room.slots + slot, wire.ranks * room.slots)
     return Exchange(token, place, indices // here, sent, received, there, wire)
 

@@ -111,8 +111,9 @@ def state_spec(
       logical: the array's axes.
       shape: its shape.
       mesh: the mesh.
-      over_data: split, too, the largest dimension that no name splits and that `data` divides (never
-        `layers`: the scan takes slices of it).
+      over_data: split, too, the largest dimension that no name splits and that the replicas divide: those
+        of `data` for experts, of `data` and `expert` for all else (or of `data` alone, if only that divides).
+        Never `layers`: the scan takes slices of it.
       table: logical axis -> mesh axes. A pipeline may put `layers` over `pipe`; a stack that `pipe` does not
         divide stays whole.
     """
@@ -120,15 +121,17 @@ def state_spec(
     for i, over in enumerate(axes):
         if logical[i] == "layers" and over and shape[i] % math.prod(mesh.shape[axis] for axis in over):
             axes[i] = None
-    size = mesh.shape["data"]
-    if over_data and size > 1:
+    used = {name for axis in axes if axis for name in axis}
+    for replicas in (("data", "expert"), ("data",)) if over_data else ():
+        size = math.prod(mesh.shape[name] for name in replicas)
         free = [
             i
             for i, axis in enumerate(axes)
             if axis is None and logical[i] != "layers" and shape[i] % size == 0
         ]
-        if free:
-            axes[max(free, key=lambda i: shape[i])] = ("data",)
+        if size > 1 and free and not used.intersection(replicas):
+            axes[max(free, key=lambda i: shape[i])] = replicas
+            break
     return PartitionSpec(*axes)
 
 

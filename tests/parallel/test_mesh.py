@@ -48,7 +48,8 @@ def test_first_devices_in_order():
     [
         (("layers", "experts", "embed", "mlp"), (8, 4, 16, 32), False, (None, ("expert",), None, None)),
         (("layers", "experts", "embed", "mlp"), (8, 4, 16, 32), True, (None, ("expert",), None, ("data",))),
-        (("embed", "heads", "head"), (16, 3, 7), True, (("data",), None, None)),  # 2 divides 16 alone.
+        (("embed", "heads", "head"), (24, 3, 7), True, (("data", "expert"), None, None)),  # By 8.
+        (("embed", "heads", "head"), (12, 3, 7), True, (("data",), None, None)),  # 8 divides none.
         (("layers", "norm"), (8, 7), True, (None, None)),  # Never layers; and 2 does not divide 7.
         ((None, "norm"), (6, 4), True, (("data",), None)),  # The larger one.
     ],

@@ -81,20 +81,19 @@ def test_the_same_values_on_every_mesh():
 
 @pytest.mark.parametrize("sharding", ["replicated", "zero1", "fsdp"])
 def test_layout(sharding):
-    """What one of 2 x 4 devices holds: a quarter of the experts always, half of the rest by the mode."""
+    """What one of 2 x 4 devices holds: a quarter of the experts, and by the mode an eighth of everything."""
     config = on(2, 4, sharding)
     state = abstract_state(config, make_mesh(config.mesh))
 
     def held(tree):
         return {path: np.prod(x.sharding.shard_shape(x.shape)) / x.size for path, x in named(tree).items()}
 
-    for path, part in held(state.params).items():
-        expert = 1 / 4 if "['moe']['gate_up']" in path or "['moe']['down']" in path else 1
-        assert part == expert * (1 / 2 if sharding == "fsdp" else 1), path
-    for tree in (state.optimizer.mu, state.optimizer.nu):
+    moments = sharding != "replicated"
+    for tree, split in ((state.params, sharding == "fsdp"), (state.optimizer.mu, moments)):
         for path, part in held(tree).items():
-            expert = 1 / 4 if "['moe']['gate_up']" in path or "['moe']['down']" in path else 1
-            assert part == expert * (1 / 2 if sharding != "replicated" else 1), path
+            experts = "['moe']['gate_up']" in path or "['moe']['down']" in path
+            assert part == (1 / 8 if split else 1 / 4 if experts else 1), path
+    assert held(state.optimizer.nu) == held(state.optimizer.mu)
     assert set(held(state.router).values()) == {1}
 
 
