@@ -234,15 +234,21 @@ _POSITIVE = (
 )
 
 
-def _check_choices(report: _Report) -> None:
-    import pallas_kernels
+# Fields that name an implementation, and the op of `pallas_kernels` whose it is.
+_KERNELS = {
+    "model.attention.implementation": "mla_attention",
+    "model.moe.implementation": "grouped_matmul",
+    "fp8.implementation": "quantize_rows",
+}
 
-    kernels = {
-        "model.attention.implementation": pallas_kernels.mla_attention,
-        "model.moe.implementation": pallas_kernels.grouped_matmul,
-        "fp8.implementation": pallas_kernels.quantize_rows,
-    }
-    choices = _CHOICES | {path: ("auto", *implementations_of(op)) for path, op in kernels.items()}
+
+def _check_choices(report: _Report) -> None:
+    choices = dict(_CHOICES)
+    for path, op in _KERNELS.items():
+        if report.value(path) != "auto":  # The kernels, which import JAX, name the others.
+            import pallas_kernels
+
+            choices[path] = ("auto", *implementations_of(getattr(pallas_kernels, op)))
     for path, allowed in choices.items():
         report.require(report.value(path) in allowed, path, f"choose one of {', '.join(allowed)}")
 
