@@ -1,6 +1,6 @@
 """Bubbles of every schedule on 8 fake CPU devices beside the simulator's, and compile time by micro-batches.
 
-    python benchmarks/pipeline.py [--ranks 8] [--microbatches 16] [--unit 0.2] [--out FILE]
+    python benchmarks/pipeline.py [--ranks 8] [--microbatches 16] [--unit 0.5] [--out FILE]
 
 The chunks sleep and compute next to nothing: F, I and W one unit each, so that eight devices need no eight
 cores. Every sleep is recorded with its rank; the bubble is what is left of the time between the first start
@@ -109,7 +109,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--microbatches", type=int, default=16)
-    parser.add_argument("--unit", type=float, default=0.2, help="seconds that F, I and W take")
+    parser.add_argument("--unit", type=float, default=0.5, help="seconds of F, I and W on a rank's layers")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     results: dict = {"ranks": arguments.ranks, "microbatches": arguments.microbatches, "bubble": {}}
@@ -122,7 +122,7 @@ def main() -> int:
             continue
         free = simulate(schedule, UNITS).bubble_fraction
         in_step = simulate_in_step(place(schedule), UNITS).bubble_fraction
-        measured = measure(schedule, arguments.unit)
+        measured = measure(schedule, arguments.unit * arguments.ranks / schedule.n_stages)
         ratio = measured / in_step if in_step else float("nan")
         results["bubble"][name] = {"measured": measured, "in_step": in_step, "free": free}
         print(f"{name:12}{measured:>10.4f}{in_step:>10.4f}{ratio:>8.3f}{free:>8.4f}", flush=True)
