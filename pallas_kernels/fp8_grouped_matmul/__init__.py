@@ -11,13 +11,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import implementations
-from pallas_kernels.fp8_grouped_matmul import bf16, mosaic_gpu, reference, unpromoted
+from pallas_kernels.fp8_grouped_matmul import bf16, mosaic_gpu, mosaic_tpu, reference, unpromoted
 from pallas_kernels.fp8_quantize import TILE, Quantized
 from pallas_kernels.grouped_matmul import varying
 
-_MODULES = {"reference": reference, "mosaic_gpu": mosaic_gpu, "bf16": bf16}
+_MODULES = {"reference": reference, "mosaic_gpu": mosaic_gpu, "mosaic_tpu": mosaic_tpu, "bf16": bf16}
 IMPLEMENTATIONS = tuple(_MODULES)
-_PREFERENCE = {"cpu": ("reference",), "gpu": ("mosaic_gpu", "reference"), "tpu": ("bf16",)}
+_PREFERENCE = {
+    "cpu": ("reference",),
+    "gpu": ("mosaic_gpu", "reference"),
+    "tpu": ("mosaic_tpu", "bf16"),
+}
 
 
 def _choose(op: str, requested: str, lhs, rhs, promote: bool):
@@ -50,8 +54,8 @@ def fp8_grouped_matmul(
         out as zero.
       out_dtype: bfloat16 or float32.
       promote: as for `fp8_matmul`.
-      implementation: `"auto"`, `"mosaic_gpu"` (Hopper), `"bf16"` (dequantises to bfloat16 first, as on TPU)
-        or `"reference"` (dequantises to float32 first).
+      implementation: `"auto"`, `"mosaic_gpu"` (Hopper), `"mosaic_tpu"` (TPU7x multiplies FP8, older chips
+        bfloat16), `"bf16"` (dequantises to bfloat16 first) or `"reference"` (to float32).
 
     Raises:
       ValueError: shapes do not fit, or `implementation` does not exist.

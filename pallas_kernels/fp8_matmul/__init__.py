@@ -50,8 +50,8 @@ def fp8_matmul(
       accumulate: added to the product in float32, before it is rounded to `out_dtype`.
       promote: False leaves the whole sum to the tensor cores, to see what that costs; the scales must then be
         the same all along k. The reference sums in float32 either way.
-      implementation: `"auto"`, `"mosaic_gpu"` (Hopper), `"mosaic_tpu"` (block scales; TPU7x multiplies FP8,
-        older chips bfloat16), `"bf16"` (dequantises to bfloat16) or `"reference"` (to float32).
+      implementation: `"auto"`, `"mosaic_gpu"` (Hopper), `"mosaic_tpu"` (TPU7x multiplies FP8, older chips
+        bfloat16), `"bf16"` (dequantises to bfloat16) or `"reference"` (to float32).
 
     Raises:
       ValueError: shapes or dtypes do not fit, or `implementation` does not exist.

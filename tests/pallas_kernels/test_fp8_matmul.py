@@ -4,12 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.mesh import AbstractDevice
 
 from pallas_kernels import UnsupportedError, target_platform
 from pallas_kernels.fp8_grouped_matmul import fp8_grouped_matmul, fp8_grouped_wgrad
 from pallas_kernels.fp8_grouped_matmul.mosaic_gpu import Tiling
-from pallas_kernels.fp8_matmul import fp8_matmul, mosaic_gpu, mosaic_tpu
+from pallas_kernels.fp8_matmul import fp8_matmul, mosaic_gpu
 from pallas_kernels.fp8_quantize import (
     Quantized,
     dequantize,
@@ -53,15 +52,6 @@ def test_products_of_the_dequantised_operands(m, n, k, wgrad):
     assert rounded.dtype == jnp.bfloat16
     np.testing.assert_array_equal(rounded, out.astype(jnp.bfloat16))
     np.testing.assert_allclose(_product(a, b, out_dtype=jnp.float32, accumulate=out), 2 * out, rtol=1e-6)
-
-
-@pytest.mark.parametrize("multiply_fp8", [True, False])
-@pytest.mark.parametrize(("m", "n", "k"), [(300, 520, 384), (7, 20, 130)])
-def test_tpu_kernel_interpreted(m, n, k, multiply_fp8):
-    """Several tiles each way, the last ones ragged; native FP8 and bfloat16 both multiply exactly."""
-    a, b = _rows(_normal(m, k)), _blocks(_normal(n, k, seed=1))
-    got = mosaic_tpu.matmul(a, b, out_dtype=jnp.float32, multiply_fp8=multiply_fp8, interpret=True)
-    _close(got, _float64(a), _float64(b))
 
 
 @pytest.mark.parametrize("power_of_two", [True, False])
@@ -173,19 +163,6 @@ def test_gpu_kernels_lower(m, n, k):
         traced = jax.jit(every).trace(a, rows, w, stack, left, right, jax.ShapeDtypeStruct((4,), jnp.int32))
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("custom_call @mosaic_gpu") == 8
-
-
-@pytest.mark.parametrize(
-    ("kind", "multiplies"), [("TPU v5 lite", False), ("TPU v6 lite", False), ("TPU7x", True)]
-)
-def test_tpu_kernel_lowers(kind, multiplies):
-    """For each generation; which of them multiply FP8 is read off the chip that is compiled for."""
-    chip = AbstractDevice(kind, 1, "tpu")
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=chip)):
-        assert mosaic_tpu.native() == multiplies
-        product = jax.jit(lambda a, b: mosaic_tpu.matmul(a, b, out_dtype=jnp.bfloat16))
-        traced = product.trace(_struct((512, 1408), (11, 512)), _struct((640, 1408), (5, 11)))
-        assert "tpu_custom_call" in traced.lower(lowering_platforms=("tpu",)).as_text()
 
 
 @needs_mosaic_gpu
