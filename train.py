@@ -49,11 +49,13 @@ def surroundings(config, workdir):
 
     from dsv3_jax import compilation_cache, data
     from dsv3_jax.config_checks import Problem, check_machine
-    from dsv3_jax.training import initial
 
     compilation_cache.use(Path.home() / ".cache" / "dsv3_jax" / "xla")
     found = data.check(config.data, config.model.vocab_size, config.train.seq_len)
-    found += initial.problems(config, workdir)
+    if config.train.init_from:
+        from dsv3_jax.training import initial
+
+        found += initial.problems(config, workdir)
     return check_machine(config, len(jax.devices()), workdir) + [Problem(*problem) for problem in found]
 
 
