@@ -7,7 +7,7 @@ import math
 from typing import NamedTuple
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.convert import mapping
+from dsv3_jax.convert.shapes import Path, shapes
 
 PARTS: tuple[str, ...] = (
     "embedding",
@@ -39,7 +39,7 @@ def count_parameters(config: ModelConfig) -> tuple[dict[str, Count], dict[str, C
     """
     main = dict.fromkeys(PARTS, Count(0, 0))
     extra: dict[str, Count] = {}
-    for path, shape in mapping.shapes(config).items():
+    for path, shape in shapes(config).items():
         if path[0] != "params":
             continue
         part, size = _part(path), math.prod(shape)
@@ -55,7 +55,7 @@ def total(counts: dict[str, Count]) -> Count:
     return sum(counts.values(), Count(0, 0))
 
 
-def _part(path: mapping.Path) -> str:
+def _part(path: Path) -> str:
     names = set(path)
     if path[-1] == "scale":
         return "norms"

@@ -3,51 +3,14 @@
 import importlib.util
 import os
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
-
-READ_AHEAD = 1 << 30  # Bytes that are on their way into memory while the libraries are imported.
 
 
 def on_cpu() -> None:
     """Keeps JAX off accelerators, which a conversion does not need."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-
-
-def converting(source: Path) -> None:
-    """Prepares this process for a conversion; call it before anything heavy is imported.
-
-    Buffers are kept between pieces, and the disk begins to read while JAX is imported.
-    """
-    from dsv3_jax.training.host_memory import keep_freed_memory
-
-    on_cpu()
-    keep_freed_memory()
-    if hasattr(os, "posix_fadvise"):
-        threading.Thread(target=_read_ahead, args=(source,), daemon=True).start()
-
-
-def _read_ahead(folder: Path) -> None:
-    """Asks the system to read the first files of a folder, those of the first layers first."""
-
-    def place(file: str) -> tuple[list[int], str]:
-        return [int(part) for part in file.split(os.sep) if part.isdigit()], file
-
-    files = [os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names]
-    asked = 0
-    for file in sorted(files, key=place):
-        try:
-            descriptor = os.open(file, os.O_RDONLY)
-        except OSError:
-            continue  # Whatever is wrong with it, the conversion will say.
-        size = min(os.fstat(descriptor).st_size, READ_AHEAD - asked)
-        os.posix_fadvise(descriptor, 0, size, os.POSIX_FADV_WILLNEED)
-        os.close(descriptor)
-        asked += size
-        if asked >= READ_AHEAD:
-            return
 
 
 def fail(error: object, code: int = 1) -> int:

@@ -23,16 +23,18 @@ def add_parser(subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from dsv3_jax.cli import _shared
+    from dsv3_jax.training.host_memory import keep_freed_memory
 
-    _shared.converting(args.source)
-    import jax.numpy as jnp
+    _shared.on_cpu()
+    keep_freed_memory()  # Buffers are kept from one piece to the next.
+    import ml_dtypes
     import numpy as np
 
     from dsv3_jax.convert import export, export_plan, opened
     from dsv3_jax.convert.errors import ConversionError
 
     start, progress = time.monotonic(), _shared.Progress("export")
-    dtype = np.dtype(jnp.dtype(args.dtype)) if args.dtype else None
+    dtype = np.dtype(getattr(ml_dtypes, args.dtype, args.dtype)) if args.dtype else None
     try:
         with opened.open_source(args.source, keep_fp8=True) as source:
             arrays = source.source if dtype is None and not args.fp8 else source.dequantised()

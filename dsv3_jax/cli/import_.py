@@ -20,8 +20,10 @@ def add_parser(subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from dsv3_jax.cli import _shared
+    from dsv3_jax.training.host_memory import keep_freed_memory
 
-    _shared.converting(args.source)
+    _shared.on_cpu()
+    keep_freed_memory()  # Buffers are kept from one piece to the next.
     from dsv3_jax.convert import native, opened
     from dsv3_jax.convert.errors import ConversionError
 

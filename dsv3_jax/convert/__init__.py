@@ -5,6 +5,7 @@
     fp8             E4M3 with a scale for each 128x128 block
     hf_config       config.json to ModelConfig, by named properties; hf_config_write the way back
     compare         which fields decide a model's logits, and where two models differ in them
+    shapes          the shape of every array of a model, without JAX
     mapping         which tensor of a Hugging Face folder is which part of which array
     sources         where arrays come from: a Hugging Face folder, our folder, a training run, memory
     hf_folder       a Hugging Face folder, checked whole before anything is read from it; hf_files its files

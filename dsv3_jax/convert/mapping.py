@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.convert.fp8 import scale_shape
-
-Path = tuple[str, ...]
+from dsv3_jax.convert.shapes import Path, shapes
 
 
 class Leaf(NamedTuple):
@@ -124,20 +123,6 @@ _MTP_COPIES = {
     "embed_tokens.weight": "model.embed_tokens.weight",
     "shared_head.head.weight": "lm_head.weight",
 }
-
-
-@functools.lru_cache(maxsize=64)
-def shapes(config: ModelConfig) -> dict[Path, tuple[int, ...]]:
-    """The shape of every variable of the model, by path; nothing is computed."""
-    import jax
-    from flax.core import meta
-
-    from dsv3_jax.model import Transformer, init_variables
-
-    key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype)
-    tree = meta.unbox(jax.eval_shape(lambda rng: init_variables(Transformer(config), rng), key))
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {tuple(part.key for part in path): leaf.shape for path, leaf in flat}
 
 
 def has_bias(config: ModelConfig) -> bool:

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dsv3_jax.checkpoint import integrity
 from dsv3_jax.config import Config, ModelConfig
 from dsv3_jax.config_checks import ConfigError, typed
 from dsv3_jax.convert import native
@@ -108,6 +107,8 @@ def _checkpoint(path: Path) -> Path | None:
 
 
 def _run_config(step: Path, quick: bool) -> Config:
+    from dsv3_jax.checkpoint import integrity  # Here: it needs JAX, and released weights do not.
+
     problems = integrity.problems(step, quick)
     if problems:
         raise ConversionError(f"{step} is damaged", problems)

@@ -1,17 +1,25 @@
 """The released models: their counts, from the shapes, and their configurations."""
 
+import dataclasses
 import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
+from flax.core import meta
 
 from dsv3_jax import inspection
 from dsv3_jax.cli import main
+from dsv3_jax.config import MTPConfig
 from dsv3_jax.config_checks import typed
 from dsv3_jax.convert import compare, hf_config, hf_config_write, mapping
+from dsv3_jax.convert.shapes import shapes
+from dsv3_jax.model import Transformer, init_variables
+from tests.convert import folders
+from tests.convert.folders import CONFIG
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 # Published totals in billions, all digits given (papers and model cards; llama.cpp prints two decimals).
@@ -147,3 +155,30 @@ def test_help_imports_nothing_heavy():
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=CONFIGS.parent)
     assert out.returncode == 0, out.stderr
     assert all(name in out.stdout for name in ("import", "export", "inspect"))
+
+
+def test_conversions_do_without_jax(tmp_path):
+    """Importing it takes as long as converting gigabytes."""
+    folders.write(tmp_path / "hf")
+    code = (
+        "import sys\nfrom dsv3_jax.cli import main\nhf, ours, back = sys.argv[1:]\n"
+        "assert main(['import', '--from', hf, '--to', ours]) == 0\n"
+        "assert main(['export', '--from', ours, '--to', back]) == 0\n"
+        "assert main(['inspect', back]) == 0\n"
+        "heavy = {'jax', 'flax', 'orbax', 'tensorstore'} & set(sys.modules)\nassert not heavy, heavy"
+    )
+    paths = [str(tmp_path / name) for name in ("hf", "ours", "back")]
+    command = [sys.executable, "-c", code, *paths]
+    out = subprocess.run(command, capture_output=True, text=True, cwd=CONFIGS.parent)
+    assert out.returncode == 0, out.stderr
+
+
+@pytest.mark.parametrize("name", ["v3_671b", "moe_16b", "llm_67b", "parallel"])
+def test_shapes_are_those_of_the_model(name):
+    """What conversions and counts take from the configuration is what the modules declare."""
+    parallel = dataclasses.replace(CONFIG, mtp=MTPConfig(depth=2, kind="parallel"), tie_embeddings=True)
+    config = parallel if name == "parallel" else preset(name).model
+    key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype)
+    tree = meta.unbox(jax.eval_shape(lambda rng: init_variables(Transformer(config), rng), key))
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    assert {tuple(part.key for part in path): leaf.shape for path, leaf in flat} == shapes(config)
