@@ -1,13 +1,13 @@
 """Generation at the latent cache's price: prefill, absorbed decoding, sampling, speculation.
 
 weights, cache       parameters arranged for decoding; what is kept of the tokens read
-attention, experts   the parts of a layer over a cache
+linear, attention, experts   the parts of a layer over a cache
 forward              prefill, decode and draft: pure functions over weights and cache
 sampling             from logits to tokens
 speculation, decode  drafts and their verification; the state and the step
 prefill              prompts into the cache, chunk by chunk
 text, generator      tokens to text; `Generator`, the Python interface
-requests, engine     continuous batching
+requests, slots, engine   continuous batching: what is asked, the device's part, the host's
 folders              from a folder to a model with its tokenizer
 """
 

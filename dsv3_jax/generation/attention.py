@@ -54,7 +54,6 @@ def expanded(
     h: Float[Array, "batch seq d"],
     turn: Rotation,
     cache: LatentCache,
-    layer: LayerCache,
     where: Int[Array, "batch streams seq"],
     start: Int[Array, ""],
     block: int,
@@ -63,11 +62,11 @@ def expanded(
     """Attention of a chunk at positions `start`, `start + 1`, ... of every sequence, in the expanded form.
 
     The chunk attends to itself, and to what is cached before it in blocks of `block` positions, of which
-    `start` is a multiple; the parts are joined by their log-sum-exp. Returns the output after W_O, and the
-    layer with the chunk's entries.
+    `start` is a multiple; the parts are joined by their log-sum-exp. `cache` has one layer. Returns the
+    output after W_O, and the layer with the chunk's entries.
     """
     q, c_kv, k_rope = _project(w, h, turn, config)
-    layer = write(layer, where, c_kv, k_rope)
+    layer = write(cache.layers[0], where, c_kv, k_rope)
     c_kv, k_rope = as_stored(c_kv, layer), as_stored(k_rope, layer)
     shared = {"scale": _scale(config), "implementation": config.attention.implementation, "return_lse": True}
     k, v, k_r = _expand(w, c_kv, k_rope, config)
@@ -93,7 +92,6 @@ def absorbed(
     h: Float[Array, "batch seq d"],
     turn: Rotation,
     cache: LatentCache,
-    layer: LayerCache,
     where: Int[Array, "batch streams seq"],
     lengths: Int[Array, " batch"],
     config: ModelConfig,
@@ -101,10 +99,11 @@ def absorbed(
     """Attention of each sequence's newest tokens, in the absorbed form (DeepSeek-V2 §2.1.2).
 
     q' = W_UK^T q_C lives in the latent space, all heads attend to one key [c_KV; k_R] whose value is c_KV,
-    and W_UV follows. `lengths` counts the entries of each sequence, those of `h` included, its last.
+    and W_UV follows. `lengths` counts the entries of each sequence, those of `h` included, its last. `cache`
+    has one layer. Returns the output after W_O, and the layer with the new entries.
     """
     q, c_kv, k_rope = _project(w, h, turn, config)
-    layer = write(layer, where, c_kv, k_rope)
+    layer = write(cache.layers[0], where, c_kv, k_rope)
     mla = config.attention.kind == "mla"
     if mla:
         q_c, q_r = jnp.split(q, [config.attention.qk_nope_head_dim], axis=-1)

@@ -5,41 +5,27 @@ joining and leaving compile nothing. A request reserves the pages of its longest
 and never has to wait or be evicted after that.
 """
 
-import functools
 import itertools
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.data.tokenizers import Tokenizer
-from dsv3_jax.generation import decode
-from dsv3_jax.generation.cache import LatentCache, init_cache
-from dsv3_jax.generation.decode import DecodeState, Emitted
-from dsv3_jax.generation.generator import check_drafts, check_prompt, decode_step, needs_filters
-from dsv3_jax.generation.prefill import SMALLEST_CHUNK, chunks, prefill_chunk
+from dsv3_jax.generation.decode import Emitted
+from dsv3_jax.generation.generator import check_drafts, check_prompt
+from dsv3_jax.generation.prefill import SMALLEST_CHUNK
 from dsv3_jax.generation.requests import Counters, Limits, Pages, QueueFull, Request
-from dsv3_jax.generation.sampling import RequestError, SamplingParams, make_sampler
-from dsv3_jax.generation.speculation import window
+from dsv3_jax.generation.sampling import RequestError, SamplingParams
+from dsv3_jax.generation.slots import Joining, Slots
 from dsv3_jax.generation.text import Follower, Piece
 from dsv3_jax.generation.weights import Weights
-
-
-@dataclass
-class _Joining:
-    """A request whose prompt is being read."""
-
-    request: Request
-    pieces: list[tuple[int, int]]
-    kept: jax.Array
-    table: jax.Array
 
 
 class Engine:
@@ -70,43 +56,19 @@ class Engine:
         check_drafts(config, drafts)
         limits = limits or Limits()
         self.limits = replace(limits, max_tokens=min(limits.max_tokens, config.max_seq_len))
-        self.config, self.weights, self.tokenizer, self.drafts = config, weights, tokenizer, drafts
+        self.config, self.tokenizer, self.drafts = config, tokenizer, drafts
         self.eos_id = -1 if tokenizer is None else tokenizer.eos_id
-        self._state = self._empty_state(cache_dtype)
-        self._seen = jnp.zeros((limits.slots, config.vocab_size), bool)
-        self.pages = Pages(self._state.cache.layers[0].c_kv.shape[0] // self._state.cache.streams)
+        self.device = Slots(config, weights, self.limits, cache_dtype, drafts, self.eos_id)
+        self.pages = Pages(self.device.page_count)
         self.counters = Counters(accepted=[0] * drafts)
         self._queue: deque[Request] = deque()
         self._slots: list[Request | None] = [None] * limits.slots
-        self._joining: _Joining | None = None
+        self._joining: Joining | None = None
         self._pending: tuple[list[Request | None], Emitted] | None = None
-        self._leaving: set[int] = set()  # Slots that the device must still be told about.
         self._lock = threading.Condition()
         self._thread: threading.Thread | None = None
         self._stopping = False
         self.error: BaseException | None = None  # What ended the thread.
-
-    def _empty_state(self, cache_dtype: str) -> DecodeState:
-        limits, slots = self.limits, self.limits.slots
-        cache = init_cache(
-            self.config,
-            slots,
-            limits.max_tokens + self.drafts + 1,
-            cache_dtype,
-            page_size=limits.page_size,
-            n_pages=limits.pages,
-            drafts=self.drafts,
-        )
-        size, dtype = window(self.drafts), self.weights.embedding.dtype
-        return DecodeState(
-            cache,
-            jnp.zeros((slots, max(1, size)), jnp.int32),
-            jnp.zeros((slots, size, self.config.d_model), dtype),
-            jnp.zeros((slots, 0), bool),
-            make_sampler([SamplingParams()] * slots, self.eos_id),
-            jnp.zeros(slots, jnp.int32),
-            jnp.zeros(slots, bool),
-        )
 
     # ------------------------------------------------------------------------------- any thread
 
@@ -189,7 +151,9 @@ class Engine:
         if self._joining is None:
             self._admit()
         if self._joining is not None:
-            self._read_chunk(self._joining)
+            self.device.read_chunk(self._joining)
+            if not self._joining.pieces:
+                self._join(self._joining.request)
         coming = self._decode() if any(self._slots) else None
         if self._pending is not None:
             self._deliver(*self._pending)
@@ -217,89 +181,21 @@ class Engine:
             request = self._queue.popleft()
         request.pages, request.slot = pages, free
         request.follower = Follower(request.params, self.tokenizer, self.eos_id)
-        assert self._state.cache.page_table is not None
-        table = np.zeros((1, self._state.cache.page_table.shape[1]), np.int32)
-        table[0, : len(pages)] = pages
-        kept = jnp.zeros((1, max(1, window(self.drafts)), self.config.d_model), self.weights.embedding.dtype)
-        pieces = list(chunks(len(request.prompt), self.limits.chunk))
-        self._joining = _Joining(request, pieces, kept, jnp.asarray(table))
+        self._joining = self.device.begin(request)
 
-    def _read_chunk(self, joining: _Joining) -> None:
-        request, cache = joining.request, self._state.cache
-        (start, size), *joining.pieces = joining.pieces
-        lengths = np.array([len(request.prompt)], np.int32)
-        view = LatentCache(cache.layers, jnp.asarray(lengths), joining.table, cache.streams)
-        tokens = np.zeros((1, size + self.drafts), np.int32)
-        ahead = request.prompt[start : start + size + self.drafts]
-        tokens[0, : len(ahead)] = ahead
-        view, joining.kept = prefill_chunk(
-            self.weights,
-            view,
-            joining.kept,
-            tokens,
-            np.int32(start),
-            lengths,
-            self.config,
-            self.limits.chunk,
-            self.drafts,
-        )
-        assert view.page_table is not None
-        joining.table = view.page_table  # The whole view was donated.
-        self._state = replace(self._state, cache=replace(cache, layers=view.layers))
-        if not joining.pieces:
-            self._join(joining)
-
-    def _join(self, joining: _Joining) -> None:
+    def _join(self, request: Request) -> None:
         """The prompt is read: the request takes its slot, and has its first token."""
-        request, params = joining.request, joining.request.params
-        recent = np.zeros((1, self._state.recent.shape[1]), np.int32)
-        tail = request.prompt[-recent.shape[1] :]
-        recent[0, recent.shape[1] - len(tail) :] = tail
-        filters = needs_filters(params)
-        seen = np.zeros((1, self.config.vocab_size if filters else 0), bool)
-        if filters:
-            seen[0, request.prompt] = True
-        row = DecodeState(
-            LatentCache((), jnp.full(1, len(request.prompt), jnp.int32), joining.table, 1),
-            jnp.asarray(recent),
-            joining.kept if self.drafts else joining.kept[:, :0],
-            jnp.asarray(seen),
-            make_sampler([params], self.eos_id),
-            jnp.full(1, params.max_new_tokens, jnp.int32),
-            jnp.ones(1, bool),
-            greedy=params.temperature == 0,
-        )
-        self._state, self._seen, emitted = _take_slot(
-            self.weights, self._state, self._seen, row, joining.kept[:, -1], np.int32(request.slot)
-        )
+        assert self._joining is not None
+        emitted = self.device.join(self._joining)
         self._joining = None
-        self._leaving.discard(request.slot)
         self._slots[request.slot] = request
         self.counters.prompt_tokens += len(request.prompt)
-        emitted = jax.device_get(emitted)
         self.counters.first_token_seconds += time.perf_counter() - request.submitted
         self._push(request, emitted, 0)
 
     def _decode(self) -> tuple[list[Request | None], Emitted]:
         """Starts a step; the device works on it while the host goes on."""
-        if self._leaving:
-            keep = np.ones(self.limits.slots, bool)
-            keep[list(self._leaving)] = False
-            self._state = replace(self._state, active=_and(self._state.active, keep))
-            self._leaving.clear()
-        # The vocabulary is sorted only while some request wants it, and random numbers drawn likewise.
-        wanted = [request.params for request in self._slots if request is not None]
-        filters = any(map(needs_filters, wanted))
-        greedy = not filters and all(params.temperature == 0 for params in wanted)
-        seen = self._seen if filters else self._state.seen
-        none_seen = self._state.seen
-        state, emitted = decode_step(
-            self.weights, replace(self._state, seen=seen, greedy=greedy), self.config
-        )
-        if filters:
-            self._seen = state.seen
-            state = replace(state, seen=none_seen)
-        self._state = replace(state, greedy=False)  # Always the same to those that join.
+        emitted = self.device.step([request.params for request in self._slots if request is not None])
         self.counters.steps += 1
         return list(self._slots), emitted
 
@@ -330,7 +226,7 @@ class Engine:
         if request.slot >= 0:
             if self._slots[request.slot] is request:
                 self._slots[request.slot] = None
-                self._leaving.add(request.slot)
+                self.device.leave(request.slot)
             # A step under way may still write there; whoever has the pages next writes after it.
             self.pages.give_back(request.pages)
             request.pages = []
@@ -373,32 +269,3 @@ class Engine:
                 self.submit(np.zeros(size, np.int32), params, lambda piece: None)
                 self.run_until_idle()
         self.counters = Counters(accepted=[0] * self.drafts)
-
-
-@functools.partial(jax.jit, donate_argnames=("state", "all_seen"))
-def _take_slot(weights, state: DecodeState, all_seen, row: DecodeState, hidden, slot):
-    """Samples the first token of a prompt and puts its row into the state: (state, seen, Emitted)."""
-    row, emitted = decode.first_tokens(weights, row, hidden)
-
-    def put(old: jax.Array, new: jax.Array) -> jax.Array:
-        return old.at[slot].set(new[0])
-
-    cache, own = state.cache, row.cache
-    assert cache.page_table is not None and own.page_table is not None
-    state = DecodeState(
-        replace(
-            cache, lengths=put(cache.lengths, own.lengths), page_table=put(cache.page_table, own.page_table)
-        ),
-        put(state.recent, row.recent),
-        put(state.hidden, row.hidden),
-        state.seen,
-        jax.tree.map(put, state.sampler, row.sampler),
-        put(state.left, row.left),
-        put(state.active, row.active),
-    )
-    return state, put(all_seen, row.seen) if row.seen.shape[1] else all_seen, emitted
-
-
-@jax.jit
-def _and(left: jax.Array, right: jax.Array) -> jax.Array:
-    return left & right

@@ -1,7 +1,8 @@
 """The model over a cache: prefill of a chunk, decoding of the newest tokens, drafting by the MTP depths."""
 
-from collections.abc import Callable
-from typing import Any
+import functools
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,17 +16,38 @@ from dsv3_jax.generation.linear import linear
 from dsv3_jax.generation.weights import Weights
 from dsv3_jax.model.attention import rope_dim
 from dsv3_jax.model.layers import rms_norm, swiglu
-from dsv3_jax.model.rope import rotation
-
-Attend = Callable[[Any, Array, LayerCache], tuple[Array, LayerCache]]
+from dsv3_jax.model.rope import Rotation, rotation
 
 
+class Reading(NamedTuple):
+    """What all layers need to know of the tokens that are read.
+
+    Attributes:
+      cache: without layers.
+      turn: rotation of their positions.
+      where: places of their entries.
+      at: in the expanded form the chunk's first position; in the absorbed one the entries of each sequence.
+    """
+
+    cache: LatentCache
+    turn: Rotation
+    where: Int[Array, "batch streams seq"]
+    at: Int[Array, "*batch"]
+
+
+@functools.partial(jax.jit, static_argnames=("config", "block"))  # Traced once for layers that are alike.
 def _block(
-    w: Any, x: Array, layer: LayerCache, attend: Attend, config: ModelConfig
+    w: Any, x: Array, layer: LayerCache, reading: Reading, config: ModelConfig, block: int | None
 ) -> tuple[Array, LayerCache]:
-    """A pre-norm block: `x + attention(norm(x))`, then `x + ffn(norm(x))`."""
+    """A pre-norm block: `x + attention(norm(x))`, then `x + ffn(norm(x))`.
+
+    `block` is that of the expanded form; None is the absorbed form.
+    """
+    cache = replace(reading.cache, layers=(layer,))
     with jax.named_scope("attention"):
-        out, layer = attend(w["attention"], rms_norm(x, w["attention_norm"], config.norm_eps), layer)
+        normal = rms_norm(x, w["attention_norm"], config.norm_eps)
+        parts = (w["attention"], normal, reading.turn, cache, reading.where, reading.at)
+        out, layer = absorbed(*parts, config) if block is None else expanded(*parts, block, config)
         x = x + out
     normal = rms_norm(x, w["ffn_norm"], config.norm_eps)
     if "moe" in w:
@@ -82,42 +104,38 @@ def prefill(
     positions = jnp.broadcast_to(start + jnp.arange(chunk), (tokens.shape[0], chunk))
     where = places(cache, positions, positions < lengths[:, None])
     turn = rotation(config.rope, rope_dim(config.attention), positions)
-
-    def attend(w: Any, h: Array, layer: LayerCache) -> tuple[Array, LayerCache]:
-        return expanded(w, h, turn, cache, layer, where, start, block, config)
-
+    reading = Reading(replace(cache, layers=()), turn, where, start)
     x = weights.embedding[tokens[:, :chunk]]
-    hidden, layers = _main(weights, x, cache, attend, config)
+    hidden, layers = _main(weights, x, cache, reading, config, block)
     state = hidden
     for k, w in enumerate(weights.depths[:drafts], start=1):
         merged = _merge(w, state, weights.embedding[tokens[:, k : k + chunk]], config)
-        out, layer = _block(w["block"], merged, cache.layers[config.n_layers + k - 1], attend, config)
+        layer = cache.layers[config.n_layers + k - 1]
+        out, layer = _block(w["block"], merged, layer, reading, config, block)
         layers.append(layer)
         if "merge" in w:
             state = rms_norm(out, w["norm"], config.norm_eps)
     layers += cache.layers[len(layers) :]
-    return hidden, LatentCache(tuple(layers), cache.lengths, cache.page_table, cache.streams)
+    return hidden, replace(cache, layers=tuple(layers))
 
 
-def _main(weights: Weights, x: Array, cache: LatentCache, attend: Attend, config: ModelConfig):
+def _main(
+    weights: Weights, x: Array, cache: LatentCache, reading: Reading, config: ModelConfig, block: int | None
+) -> tuple[Array, list[LayerCache]]:
     layers = []
     for w, layer in zip(weights.layers, cache.layers[: config.n_layers], strict=True):
-        x, layer = _block(w, x, layer, attend, config)
+        x, layer = _block(w, x, layer, reading, config, block)
         layers.append(layer)
     return rms_norm(x, weights.final_norm, config.norm_eps), layers
 
 
-def _absorbing(cache: LatentCache, lengths: Array, seq: int, active: Array, config: ModelConfig) -> Attend:
-    """Attention of the last `seq` of `lengths` positions."""
+def _newest(cache: LatentCache, lengths: Array, seq: int, active: Array, config: ModelConfig) -> Reading:
+    """The last `seq` of `lengths` positions."""
     positions = lengths[:, None] - seq + jnp.arange(seq)
     where = places(cache, positions, jnp.broadcast_to(active[:, None], positions.shape))
     turn = rotation(config.rope, rope_dim(config.attention), jnp.maximum(positions, 0))
     seen = jnp.where(active, lengths, 0)  # A sequence at rest costs nothing.
-
-    def attend(w: Any, h: Array, layer: LayerCache) -> tuple[Array, LayerCache]:
-        return absorbed(w, h, turn, cache, layer, where, seen, config)
-
-    return attend
+    return Reading(replace(cache, layers=()), turn, where, seen)
 
 
 def decode(
@@ -133,10 +151,9 @@ def decode(
     tokens that are kept. Returns the hidden states after the final norm, and the cache.
     """
     seq = tokens.shape[1]
-    attend = _absorbing(cache, cache.lengths + seq, seq, active, config)
-    hidden, layers = _main(weights, weights.embedding[tokens], cache, attend, config)
-    layers += cache.layers[config.n_layers :]
-    return hidden, LatentCache(tuple(layers), cache.lengths, cache.page_table, cache.streams)
+    reading = _newest(cache, cache.lengths + seq, seq, active, config)
+    hidden, layers = _main(weights, weights.embedding[tokens], cache, reading, config, None)
+    return hidden, replace(cache, layers=(*layers, *cache.layers[config.n_layers :]))
 
 
 def draft(
@@ -155,10 +172,8 @@ def draft(
     what an earlier step wrote with a rejected draft is mended, since the window covers it.
     """
     w, number = weights.depths[depth - 1], config.n_layers + depth - 1
-    attend = _absorbing(cache, cache.lengths, state.shape[1], active, config)
+    reading = _newest(cache, cache.lengths, state.shape[1], active, config)
     merged = _merge(w, state, weights.embedding[tokens], config)
-    out, layer = _block(w["block"], merged, cache.layers[number], attend, config)
+    out, layer = _block(w["block"], merged, cache.layers[number], reading, config, None)
     layers = (*cache.layers[:number], layer, *cache.layers[number + 1 :])
-    return rms_norm(out, w["norm"], config.norm_eps), LatentCache(
-        layers, cache.lengths, cache.page_table, cache.streams
-    )
+    return rms_norm(out, w["norm"], config.norm_eps), replace(cache, layers=layers)

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from dsv3_jax.generation import RequestError, SamplingParams
-from dsv3_jax.generation import engine as engine_module
 from dsv3_jax.generation.engine import Engine
 from dsv3_jax.generation.generator import decode_step
 from dsv3_jax.generation.prefill import prefill_chunk
 from dsv3_jax.generation.requests import Limits, QueueFull
+from dsv3_jax.generation.slots import take_slot
 from tests.generation.models import CONFIGS, generator
 
 LIMITS = Limits(slots=3, max_tokens=48, page_size=4, pages=20, queue=40, chunk=16)
@@ -66,7 +66,7 @@ def expected(found):
 @pytest.mark.parametrize("drafts", [0, 1])
 def test_requests_that_join_and_leave(drafts):
     server = engine(drafts)
-    compiled = [f._cache_size() for f in (prefill_chunk, decode_step, engine_module._take_slot)]
+    compiled = [f._cache_size() for f in (prefill_chunk, decode_step, take_slot)]
     # With drafts, sampled texts have the same distribution and not the same tokens.
     found = requests(12, seed=1, sampled=not drafts)
     answers, most = [], 0
@@ -77,7 +77,7 @@ def test_requests_that_join_and_leave(drafts):
             server.step()
             most = max(most, server.running)
     server.run_until_idle()
-    assert compiled == [f._cache_size() for f in (prefill_chunk, decode_step, engine_module._take_slot)]
+    assert compiled == [f._cache_size() for f in (prefill_chunk, decode_step, take_slot)]
     assert [answer.tokens for answer in answers] == expected(found)
     assert {answer.reason for answer in answers} == {"length"}
     assert most == 3 and server.running == 0 and server.pages.free == LIMITS.pages
@@ -120,12 +120,12 @@ def test_what_does_not_fit_is_refused():
 
 def test_broken_logits_fail_their_request_alone():
     server = engine(0)
-    healthy = server.weights
+    healthy = server.device.weights
     answers = [Answer(), Answer()]
-    server.weights = healthy._replace(head=jnp.full_like(healthy.head, np.nan))
+    server.device.weights = healthy._replace(head=jnp.full_like(healthy.head, np.nan))
     server.submit([1, 2], SamplingParams(max_new_tokens=3), answers[0])
     server.run_until_idle()
-    server.weights = healthy
+    server.device.weights = healthy
     server.submit([1, 2], SamplingParams(max_new_tokens=3), answers[1])
     server.run_until_idle()
     assert [answer.reason for answer in answers] == ["error", "length"]
