@@ -1,6 +1,6 @@
 """Tokens a second of decoding on one GPU, and the fraction of what reading its memory allows.
 
-    python benchmarks/decode_gpu.py [--batch 1 32 128] [--context 4096] [--peer FILE] [--profile] [--out FILE]
+    python benchmarks/decode_gpu.py [--batch 1 32 128] [--context 4096] [--peer] [--profile] [--out FILE]
 
 The model is `configs/small_gpu.py` in bf16 with random weights, the cache is full of random entries up to
 the context, and greedy steps run in one loop on the device. First a cut-down model of the same widths is
@@ -9,7 +9,8 @@ forward in float32.
 
 The floor of a step is its bytes over the rate of a device-to-device copy, measured in the same run: the
 weights that the batch touches (of the experts, those that so many uniform choices hit) and the cache in use.
-`--profile` lists the kernels of a step. `--peer` adds what `benchmarks/decode_gpu_peer.py` wrote in this run.
+`--profile` lists the kernels of a step. `--peer` runs `benchmarks/decode_gpu_peer.py` (transformers) beside:
+both compile at once, and measure one after the other. `--unchecked` leaves the check out.
 """
 
 import argparse
@@ -19,7 +20,9 @@ import functools
 import json
 import pathlib
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from typing import Any
@@ -42,7 +45,6 @@ from dsv3_jax.generation.prefill import prefill
 from dsv3_jax.generation.sampling import make_sampler
 from dsv3_jax.generation.weights import Weights, prepare
 from dsv3_jax.model import Transformer, init_variables
-from pallas_kernels.self_check import self_check
 
 NEW = 128
 # bf16 rounds to 2^-9; two layers and a head of them leave below 1e-2. A wrong product leaves far more.
@@ -190,6 +192,30 @@ def measure(
     return statistics.median(times[1:]), state
 
 
+class Peer:
+    """transformers in a process of its own, which measures when it is told to."""
+
+    def __init__(self, batches: list[int], context: int):
+        self._folder = pathlib.Path(tempfile.mkdtemp())
+        self._go, self._out = self._folder / "go", self._folder / "out.json"
+        script = str(pathlib.Path(__file__).with_name("decode_gpu_peer.py"))
+        sizes = [str(batch) for batch in batches if batch <= 32]  # Its cache of 128 texts is 64 GB.
+        command = [sys.executable, script, "--batch", *sizes, "--context", str(context)]
+        self._process = subprocess.Popen([*command, "--out", str(self._out), "--wait", str(self._go)])
+
+    def ready(self) -> None:
+        """Waits until it has compiled, or has failed."""
+        while not pathlib.Path(f"{self._go}.ready").exists() and self._process.poll() is None:
+            time.sleep(0.2)
+
+    def results(self) -> list[dict[str, Any]]:
+        """Its rows; none if it has failed."""
+        self._go.touch()
+        if self._process.wait():
+            return []
+        return json.loads(self._out.read_text())["rows"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("--batch", nargs="*", type=int, default=[1, 32, 128])
@@ -199,20 +225,14 @@ def main() -> None:
     parser.add_argument(
         "--options", action="append", default=[], help="compiler options to try at batch 1, as JSON"
     )
-    parser.add_argument("--peer", help="results of benchmarks/decode_gpu_peer.py")
+    parser.add_argument("--peer", action="store_true")
+    parser.add_argument("--unchecked", action="store_true")
     parser.add_argument("--out")
     arguments = parser.parse_args()
     context, began = arguments.context, time.perf_counter()
     config = model_config(context + NEW)
-    a = config.attention
-    widths = {
-        "heads": a.n_heads,
-        "d_nope": a.qk_nope_head_dim,
-        "d_rope": a.qk_rope_head_dim,
-        "d_v": a.v_head_dim,
-    }
-    print("self check:", self_check(**widths, rank=a.kv_lora_rank))
-    errors = check(config)
+    peer = Peer(arguments.batch, context) if arguments.peer else None
+    errors = {} if arguments.unchecked else check(config)
     print(f"logits against the forward: {errors} ({time.perf_counter() - began:.0f} s)", flush=True)
     weights = random_weights(config)
     shapes = {
@@ -225,9 +245,9 @@ def main() -> None:
         programs = [pool.submit(compiled, config, weights, shapes[batch], options) for batch, options in jobs]
     copy = timing.roofline().copy_tbps * 1e12
     print(f"copy {copy / 1e12:.2f} TB/s; compiled ({time.perf_counter() - began:.0f} s)", flush=True)
-    peers = {}
-    if arguments.peer:
-        peers = {row["batch"]: row for row in json.loads(pathlib.Path(arguments.peer).read_text())["rows"]}
+    if peer is not None:
+        peer.ready()
+        print(f"transformers is ready ({time.perf_counter() - began:.0f} s)", flush=True)
     rows = []
     for (batch, options), job in zip(jobs, programs, strict=True):
         if job.exception() is not None:
@@ -243,15 +263,10 @@ def main() -> None:
             "tokens_per_second": batch / seconds,
             "roofline": floor / seconds,
         }
-        if batch in peers:
-            row |= {
-                "peer": peers[batch],
-                "ratio": row["tokens_per_second"] / peers[batch]["tokens_per_second"],
-            }
         rows.append(row)
         print(
             f"batch {batch} {options or ''}: {1e3 * seconds:.3f} ms a step, {batch / seconds:.0f} tokens/s, "
-            f"{floor / seconds:.1%} of {1e3 * floor:.3f} ms, {row.get('ratio', 0):.2f} x transformers",
+            f"{floor / seconds:.1%} of the rate of {1e3 * floor:.3f} ms",
             flush=True,
         )
         if arguments.profile and options is None:
@@ -263,6 +278,11 @@ def main() -> None:
             for kernel in row["kernels"][:40]:
                 print(f"  {kernel['us']:8.1f} us {kernel['count']:6.1f} x {kernel['kernel']}")
         del state
+    for found in peer.results() if peer is not None else ():
+        for row in rows:
+            if row["batch"] == found["batch"]:
+                row |= {"peer": found, "ratio": row["tokens_per_second"] / found["tokens_per_second"]}
+                print(f"batch {row['batch']} {row['options'] or ''}: {row['ratio']:.2f} times {found}")
     if arguments.out:
         details = {"versions": timing.versions(), "copy_tbps": copy / 1e12, "check": errors, "rows": rows}
         pathlib.Path(arguments.out).write_text(json.dumps(details, indent=1) + "\n")

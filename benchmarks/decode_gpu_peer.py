@@ -4,7 +4,7 @@
 
 `configs/small_gpu.py` in bf16 with random weights, `generate` after a prompt as long as the context. At
 batch 1 the cache is static and the model compiled by transformers itself, its fastest way found here; larger
-batches use the default cache. A step is the median time between two tokens, which `generate` reads one by one.
+batches use the default cache. A step is the median time between two tokens, which `generate` reads singly.
 `--wait` compiles and warms up, says so in FILE.ready, and measures once FILE exists: nothing else should run
 then.
 """
@@ -16,6 +16,7 @@ import pathlib
 import statistics
 import sys
 import time
+from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
@@ -80,7 +81,8 @@ class Clock:
 
 def generate(model, prompts, static: bool) -> float:
     """Median seconds of a step."""
-    options, clock = {"cache_implementation": "static"} if static else {}, Clock()
+    options: dict[str, Any] = {"cache_implementation": "static"} if static else {}
+    clock = Clock()
     if (
         len(prompts) == 1
     ):  # A streamer takes no batch; there the steps are timed by a processor of the logits.

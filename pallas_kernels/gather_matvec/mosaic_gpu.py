@@ -20,8 +20,8 @@ from pallas_kernels import implementations
 
 THREADS = 128  # Of a warpgroup.
 WIDTHS = (256, 128)
-FLIGHT = 32
-STEP = 16  # k must be a multiple.
+FLIGHT = 16
+WARPGROUPS = (4, 2, 1)
 PROGRAMS = 264  # Wanted in all: two on each multiprocessor.
 
 
@@ -48,21 +48,20 @@ def unsupported(lhs, rhs, indices) -> str | None:
     if not lhs.dtype == rhs.dtype == jnp.bfloat16:
         return f"lhs {lhs.dtype} and rhs {rhs.dtype}: cast both to bfloat16"
     k, n = rhs.shape[1:]
-    if not lhs.shape[0] or not k or k % STEP or n % 2 or n < WIDTHS[-1]:
-        return f"k {k} must be a multiple of {STEP}, n {n} even and at least {WIDTHS[-1]}: take 'reference'"
+    if not lhs.shape[0] or not k or k % FLIGHT or n % 2 or n < WIDTHS[-1]:
+        return f"k {k} must be a multiple of {FLIGHT}, n {n} even and at least {WIDTHS[-1]}: take 'reference'"
     return None
 
 
 def split(rows: int, k: int, n: int) -> Split:
     """The division of a call that comes closest to `PROGRAMS`."""
-    flight = next(f for f in (FLIGHT, STEP) if k % f == 0)
-    steps = k // flight
-    warpgroups = next(w for w in (4, 2, 1) if steps % w == 0)
+    steps = k // FLIGHT
+    warpgroups = next(w for w in WARPGROUPS if steps % w == 0)
     width = next(w for w in WIDTHS if n >= w)
     programs = rows * math.ceil(n / width)
     counts = [p for p in range(1, steps // warpgroups + 1) if steps % (p * warpgroups) == 0]
     parts = min(counts, key=lambda p: abs(math.log(p * programs / PROGRAMS)))
-    return Split(width, parts, warpgroups, flight)
+    return Split(width, parts, warpgroups, FLIGHT)
 
 
 def product(lhs, rhs, indices):
@@ -72,6 +71,7 @@ def product(lhs, rhs, indices):
     return functools.reduce(jnp.add, (parts[:, i] for i in range(how.parts)))
 
 
+@functools.partial(jax.jit, static_argnames="how")  # The layers of a model share what is lowered.
 def partial_sums(lhs, rhs, indices, how: Split):
     """float32 `[rows, parts, n]`, whose sum over the parts is the product."""
     rows, (k, n) = lhs.shape[0], rhs.shape[1:]
