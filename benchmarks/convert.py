@@ -4,16 +4,14 @@
 
 A synthetic checkpoint in bfloat16, sharded, of the shape of Moonlight's layers, is copied, imported and
 exported. Files leave the page cache before each phase, each ends when everything is on the disk, and copying
-is timed before and after; the ratio is to the faster of the two. Conversions run in processes of their own:
-their time is that of the conversion, from opening the folder to the rename, and beside it that of the whole
-command; their memory is the peak of the process above what it had after its imports.
+is timed before and after; the ratio is to the faster of the two. A conversion is the whole command, from the
+start of the interpreter to its end, and its memory the peak of the process.
 """
 
 import argparse
 import json
 import math
 import os
-import resource
 import shutil
 import struct
 import subprocess
@@ -124,29 +122,17 @@ def copy(source: Path, target: Path) -> float:
 
 
 def convert(command: str, source: Path, target: Path) -> dict[str, float]:
-    """Runs a conversion in a process of its own."""
+    """Runs `dsv3 import` or `dsv3 export`."""
     forget(source)
+    arguments = ["-m", "dsv3_jax.cli", command, "--from", str(source), "--to", str(target)]
     start = time.perf_counter()
-    arguments = [sys.executable, __file__, "--child", command, str(source), str(target)]
-    out = subprocess.run(arguments, check=True, stdout=subprocess.PIPE, text=True).stdout
+    process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - start
-    return json.loads(out.splitlines()[-1]) | {"command_seconds": seconds}
-
-
-def child(command: str, source: str, target: str) -> None:
-    """A conversion and its memory; prints JSON."""
-    sys.path.insert(0, str(ROOT))
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    from dsv3_jax.cli import main
-    from dsv3_jax.convert import export, load, native, opened  # noqa: F401
-
-    def peak() -> int:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-    before, start = peak(), time.perf_counter()
-    assert main([command, "--from", source, "--to", target]) == 0
-    seconds = time.perf_counter() - start
-    print(json.dumps({"seconds": seconds, "peak_bytes": peak(), "peak_above_imports": peak() - before}))
+    if status:
+        raise SystemExit(f"dsv3 {command} failed")
+    cpu = usage.ru_utime + usage.ru_stime
+    return {"seconds": seconds, "cpu_seconds": cpu, "peak_bytes": usage.ru_maxrss * 1024}
 
 
 def run(workdir: Path, gigabytes: float) -> dict:
@@ -174,10 +160,8 @@ def run(workdir: Path, gigabytes: float) -> dict:
         found["of_copy_speed"] = min(copies) / found["seconds"]
         result[name] = found
         print(
-            f"{name}: {found['seconds']:.1f} s ({found['command_seconds']:.1f} s with start-up), "
-            f"{100 * found['of_copy_speed']:.0f}% of copying; "
-            f"peak {found['peak_bytes'] / 2**30:.2f} GiB, "
-            f"{found['peak_above_imports'] / 2**30:.2f} above imports"
+            f"{name}: {found['seconds']:.1f} s, {100 * found['of_copy_speed']:.0f}% of copying; "
+            f"{found['cpu_seconds']:.1f} s of CPU, peak memory {found['peak_bytes'] / 2**30:.2f} GiB"
         )
     return result
 
@@ -190,8 +174,6 @@ def tail(file: Path) -> bytes:
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["--child"]:
-        return child(*sys.argv[2:])
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("--workdir", type=Path, required=True, help="must not exist; removed at the end")
     parser.add_argument("--gigabytes", type=float, default=8.0)

@@ -358,7 +358,7 @@ def test_too_little_space_is_seen_before(tmp_path, monkeypatch):
     config, variables = load_pretrained(folders.write(tmp_path / "hf"))
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(ConversionError, match="GB are needed, 0.0 GB are free"):
+    with pytest.raises(ConversionError, match="MB are needed, 0.0 MB are free"):
         save_pretrained(tmp_path / "out", config, variables)
     assert not (tmp_path / "out.partial").exists()
 
