@@ -94,6 +94,8 @@ class Call(typing.NamedTuple):
             return jnp.int32(0), 0, full * count, jnp.int32(count)
         first_key = kv_tile * TILE - self.offset  # The first query that sees the tile's first key.
         first = lax.clamp(0, lax.div(first_key, TILE), self.q_tiles - 1) * (TILE // BLOCK)
+        # Queries that see nothing visit the first keys all the same: dS there must be written, as zeros.
+        first *= lax.min(kv_tile, 1)
         whole = lax.clamp(first, lax.div(first_key + TILE - 1 + BLOCK - 1, BLOCK), count)
         return first, whole, whole + full * (count - whole), jnp.int32(count)
 
@@ -118,7 +120,8 @@ def deal(call: Call, programs: int, kv_block: int, even: bool) -> np.ndarray:
       even: whether to take all tiles for equally long, as when segments decide.
 
     Returns:
-      int32 `[programs, 2 + most tiles of one]`: how many tiles a program has, then the indices for `locate`.
+      int32 `[programs, 3 + most tiles of one]`: how many tiles a program has, their indices for `locate`,
+      zeros.
     """
     tiles = call.batch * call.heads * call.q_tiles
     if tiles > _MANY * programs:
@@ -136,7 +139,7 @@ def deal(call: Call, programs: int, kv_block: int, even: bool) -> np.ndarray:
             when, program = free[0]
             hands[program].append(index)
             heapq.heapreplace(free, (when + cost[index], program))
-    table = np.zeros((programs, 2 + max(map(len, hands))), np.int32)
+    table = np.zeros((programs, 3 + max(map(len, hands))), np.int32)
     for row, hand in zip(table, hands, strict=True):
         row[0], row[1 : 1 + len(hand)] = len(hand), hand
     return table

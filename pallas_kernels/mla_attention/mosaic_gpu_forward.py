@@ -105,15 +105,27 @@ def forward(q, k, v, k_rope, q_segments, kv_segments, ranges, *, call, config, m
         hand = operands.hands.at[lax.axis_index("program")]
 
         def for_every_tile(work):
-            """Runs `work(i, tile, step)`, which returns the next step, on each tile dealt to this program."""
+            """Runs `work(i, tile, blocks, step)`, which returns the next step, on each tile dealt to us."""
+
+            def locate(index):
+                return call.locate(index, call.heads, call.q_tiles, call.kv_len, not call.causal)
+
+            def blocks_of(tile):
+                return call.key_blocks(ranges, tile[0], tile[2], block_kv)
 
             def body(i, carry):
-                step, index = carry
-                following = hand[i + 2]  # Read ahead: it takes as long as a block of keys.
-                tile = call.locate(index, call.heads, call.q_tiles, call.kv_len, not call.causal)
-                return work(i, tile, step), following
+                # What device memory says of a tile is read a tile ahead: it takes as long as a block of keys.
+                step, index, following, blocks = carry
+                after = hand[i + 3]
+                tile = locate(index)
+                if ranges is None:
+                    return work(i, tile, blocks_of(tile), step), following, after, ()
+                next_blocks = blocks_of(locate(following))
+                return work(i, tile, blocks, step), following, after, next_blocks
 
-            lax.fori_loop(0, hand[0], body, (jnp.int32(0), hand[1]))
+            ranges = operands.ranges
+            blocks = () if ranges is None else blocks_of(locate(hand[1]))
+            lax.fori_loop(0, hand[0], body, (jnp.int32(0), hand[1], hand[2], blocks))
 
         def compute(wg):
             pl.when(wg == 1)(lambda: arrive(_TURN, 0, _COMPUTE))
@@ -149,12 +161,12 @@ def forward(q, k, v, k_rope, q_segments, kv_segments, ranges, *, call, config, m
     return run(q, k, v, k_rope, q_segments, kv_segments, ranges, jnp.asarray(hands))
 
 
-def _load(call, config, operands, shared, i, tile, step):
+def _load(call, config, operands, shared, i, tile, blocks, step):
     """Loads what a tile needs; returns the number of blocks loaded so far."""
-    q, k, v, k_rope, _, _, ranges, _ = operands
+    q, k, v, k_rope, *_ = operands
     stages, size = config.stages, config.block_kv
     row, head, q_tile = tile
-    first, _, _, last = call.key_blocks(ranges, row, q_tile, size)
+    first, _, _, last = blocks
     kv_head = lax.div(head, call.group)
 
     def body():
@@ -183,12 +195,11 @@ def _load(call, config, operands, shared, i, tile, step):
 class _Compute:
     """A compute warpgroup's 64 rows of a tile."""
 
-    def __init__(self, call, config, operands, shared, wg, tile, step):
+    def __init__(self, call, config, operands, shared, wg, tile, blocks, step):
         """`step` counts the blocks of the tiles before."""
         self.call, self.config, self.operands, self.shared = call, config, operands, shared
-        self.wg, self.step = wg, step
+        self.wg, self.blocks, self.step = wg, blocks, step
         self.row, self.head, q_tile = tile
-        self.blocks = call.key_blocks(operands.ranges, self.row, q_tile, config.block_kv)
         self.first, *_, self.last = self.blocks
         self.base = q_tile * TILE + wg * ROWS
         self.segments = None
@@ -209,7 +220,13 @@ class _Compute:
         s = pl.run_scoped(lambda acc: self.products(acc, first), self._scores())
         peak = plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), common.PER_ROW)
         total = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), common.PER_ROW)
-        *carry, _ = self.softmax(self.masked(s, first), peak, total, True)
+        _, whole_first, whole_last, _ = self.blocks
+        if self.operands.ranges is None:
+            s = self.masked(s, first)
+        else:  # Reading ids takes long, and of one document the first block is seen whole.
+            whole = (first >= whole_first) & (first < whole_last)
+            s = lax.cond(whole, lambda s: s, lambda s: self.masked(s, first), s)
+        *carry, _ = self.softmax(s, peak, total, True)
 
         def body(j, carry, some_masked):
             weights, peak, total = carry
@@ -220,7 +237,6 @@ class _Compute:
             return weights, peak, total
 
         start = first + 1
-        _, whole_first, whole_last, _ = self.blocks
         for end, some_masked in ((whole_first, True), (whole_last, False), (last, True)):
             if end is whole_first and self.operands.ranges is None:
                 continue  # Without segments the first blocks are wholly visible.

@@ -55,13 +55,18 @@ def test_ranges_without_segments_cover_what_is_visible(q_len, kv_len, causal):
         rows = visible[tile * 128 : (tile + 1) * 128]
         for size in (64, 128):
             check_range(rows, call.key_blocks(None, 0, tile, size), size, -(-kv_len // size))
+    written = np.zeros((call.kv_tiles, call.q_tiles), bool)
     for tile in range(call.kv_tiles):
         keys = visible[:, tile * 128 : (tile + 1) * 128].T
         blocks = [int(block) for block in call.query_blocks(None, 0, tile)]
+        written[tile, blocks[0] // 2 : -(-blocks[3] // 2)] = True
         if len(keys) < 128:  # A partial tile is masked everywhere.
             assert blocks[1] >= blocks[2]
         padded = np.pad(keys, ((0, 0), (0, -keys.shape[1] % 128)), mode="edge")  # Absent queries may count.
         check_range(padded, blocks, 64, 2 * call.q_tiles)
+    for tile in range(call.q_tiles):
+        first, _, _, last = call.key_blocks(None, 0, tile, 64)
+        assert written[[int(block) // 2 for block in range(first, last)], tile].all()  # dS, before it is read.
 
 
 @pytest.mark.parametrize("kind", ["packed", "any order"])
