@@ -1,10 +1,10 @@
 """Decoding attention on TPU in Pallas: one pass over each sequence's entries with an online softmax.
 
 The grid is (sequence, block of entries), blocks of one sequence in order. Lengths and the page table are
-prefetched to scalar memory, from where they choose what is copied to VMEM next: beyond a sequence's end the same
-block stays, which costs no copy. A block of a paged cache is several pages, each an operand of its own. The
-queries times heads of a sequence are the rows of the products. Codes are converted to the dtype of the queries;
-the entries' factors enter the logits and the weights.
+prefetched to scalar memory, from where they choose what is copied to VMEM next: beyond a sequence's end the
+same block stays, which costs no copy. A block of a paged cache is several pages, each an operand of its own.
+The queries times heads of a sequence are the rows of the products. Codes are converted to the dtype of the
+queries; the entries' factors enter the logits and the weights.
 """
 
 import functools
