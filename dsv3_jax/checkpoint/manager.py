@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dsv3_jax.checkpoint import integrity
+from dsv3_jax.checkpoint import failures, integrity
 from dsv3_jax.config import Config
 
 log = logging.getLogger(__name__)
@@ -157,7 +157,7 @@ class Checkpoints:
         except (OSError, ValueError) as error:  # TensorStore says with a ValueError that a disk is full.
             raise CheckpointError(
                 f"The checkpoint of step {self._saving} could not be written to {self._directory}: "
-                f"{str(error).splitlines()[0]}. With that mended, the same command continues from the "
+                f"{failures.reason(error)}. With that mended, the same command continues from the "
                 "checkpoint before it."
             ) from error
 
@@ -168,7 +168,7 @@ class Checkpoints:
         import orbax.checkpoint as ocp
         from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
-        logging.getLogger("absl").addFilter(_not_orbax)
+        failures.silence()
         self._directory.mkdir(parents=True, exist_ok=True)
         for path in self._directory.iterdir():
             if path.name == TRASH or TEMPORARY in path.name:
@@ -267,11 +267,6 @@ class Checkpoints:
             "Set the fields back to what the checkpoint has, or use another --workdir to start anew."
         )
         raise CheckpointError("\n".join(lines))
-
-
-def _not_orbax(record: logging.LogRecord) -> bool:
-    """Orbax logs, with its whole stack, what it also raises."""
-    return "orbax" not in record.pathname
 
 
 def _read_json(item: Path) -> Any:
