@@ -15,7 +15,9 @@ class Forward(NamedTuple):
     """FLOPs a token of a forward pass, by what recomputation and precision treat alike."""
 
     up_projections: float  # From the latents to heads (MLA), or queries, keys and values.
-    linear: float  # All other products of dense linear layers.
+    linear: float  # All other linear layers but those below.
+    ffn_down: float  # The last product of dense and shared feed-forward networks.
+    merge: float  # Of MTP's two inputs.
     expert_up: float  # Of the routed experts: gate and up.
     expert_down: float
     router: float  # Float32.
@@ -23,9 +25,9 @@ class Forward(NamedTuple):
     head: float
 
     @property
-    def blocks(self) -> float:
-        """What is inside the layers."""
-        return sum(self) - self.head
+    def blocks_but_last(self) -> float:
+        """What is inside the layers, without the products that only the next layer reads."""
+        return sum(self) - self.head - self.merge - self.ffn_down - self.expert_down
 
 
 class Flops(NamedTuple):
@@ -62,12 +64,14 @@ def forward(config: ModelConfig, seq_len: int) -> Forward:
         kv_heads = {"mha": a.n_heads, "gqa": a.n_kv_heads, "mqa": 1}[a.kind]
         up, down = d * (a.n_heads * qk + kv_heads * (qk + v)), 0
     merge = config.mtp.depth * 2 * d * d if config.mtp.kind == "sequential" else 0
-    linear = (dense + sparse) * (down + a.n_heads * v * d) + dense * 3 * d * config.d_ff + merge
-    linear += sparse * 3 * d * moe.n_shared * moe.d_ff_expert
+    ffn = d * (dense * config.d_ff + sparse * moe.n_shared * moe.d_ff_expert)
+    linear = (dense + sparse) * (down + a.n_heads * v * d) + 2 * ffn
     expert = sparse * moe.top_k * d * moe.d_ff_expert
     return Forward(
         up_projections=2.0 * (dense + sparse) * up,
         linear=2.0 * linear,
+        ffn_down=2.0 * ffn,
+        merge=2.0 * merge,
         expert_up=4.0 * expert,
         expert_down=2.0 * expert,
         router=2.0 * sparse * d * moe.n_experts,
@@ -79,7 +83,7 @@ def forward(config: ModelConfig, seq_len: int) -> Forward:
 def recomputed(once: Forward, remat: str) -> float:
     """FLOPs a token that the backward pass computes again under a policy (`model.transformer.REMAT`)."""
     if remat == "full":
-        return once.blocks - once.expert_down  # Nobody needs the experts' outputs again.
+        return once.blocks_but_last
     if remat == "v3":
         return once.up_projections + once.router
     if remat == "dots":  # Kernels are no dots.
@@ -109,6 +113,6 @@ def of_training(config: Config, params: Any, platform: str) -> Flops:
     once = forward(config.model, config.train.seq_len)
     again = recomputed(once, config.train.remat)
     hardware = 3 * sum(once) + again + attention_backward(config.model, once, platform)
-    linear = once.up_projections + once.linear + once.expert_up + once.expert_down
+    linear = sum(once) - once.router - once.attention - once.head
     fp8 = 3 * linear if config.train.precision == "fp8" else 0.0
     return Flops(flops_per_token(config, params), hardware, fp8)

@@ -103,7 +103,7 @@ def ranking(config: Config, topology: Topology, compile_: bool) -> list[str]:
     if not best:
         raise PlanError(
             f"topology = {topology.text!r}: none of {tried} meshes, ZeRO modes, remat policies and "
-            "micro-batch sizes fits its memory, or none divides the batch: more or larger devices, or another "
+            "micro-batches fits its memory, or none divides the batch: more devices, larger ones, or another "
             f"train.batch_size (now {config.train.batch_size}; {topology.n_devices} devices)"
         )
     lines = [

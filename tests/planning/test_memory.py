@@ -1,0 +1,96 @@
+"""Memory by kind: against the program's own layout, a count by hand, the compiler and the card."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import jax
+import pytest
+from planned import CONFIG, run
+
+from dsv3_jax.cli._shared import load_config
+from dsv3_jax.config import MTPConfig
+from dsv3_jax.config_checks import override, typed
+from dsv3_jax.parallel.mesh import make_mesh
+from dsv3_jax.planning import memory, parse_topology
+from dsv3_jax.planning.shapes import Split, kept_for_backward, parts, split_of
+from dsv3_jax.training.state import abstract_state
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+GIB = 2.0**30
+
+
+def config_of(path, *changes):
+    tree = load_config(ROOT / path)
+    return typed(tree, override(tree, changes))
+
+
+@pytest.mark.parametrize("sharding", ["replicated", "zero1", "fsdp"])
+@pytest.mark.parametrize("data, expert", [(8, 1), (2, 4), (1, 8)])
+def test_state_is_that_of_the_program(data, expert, sharding):
+    """Bytes of parameters and moments on a device, from the shardings that training uses."""
+    config = run(data=data, expert=expert, sharding=sharding)
+    state = abstract_state(config, make_mesh(config.mesh))
+
+    def here(tree):
+        return sum(
+            math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+        )
+
+    held = parts(config, Split(data, expert, sharding))
+    assert 4 * sum(part.held for part in held.values()) == here(state.params)
+    moments = here(state.optimizer.mu) + here(state.optimizer.nu)
+    assert 2 * 4 * sum(part.moments for part in held.values()) == moments
+
+
+def test_kept_by_the_v3_policy():
+    """By hand, from the names that the policy keeps (V3 section 3.2.3), and the inputs of layers."""
+    model = dataclasses.replace(CONFIG.model, mtp=MTPConfig(depth=0))
+    config = dataclasses.replace(run("v3"), model=model)
+    a, moe, seq = model.attention, model.moe, config.train.seq_len
+    block = 2 * model.d_model + a.q_lora_rank + a.kv_lora_rank + a.qk_rope_head_dim
+    block += a.n_heads * (a.v_head_dim + 1)  # The output and its log-sum-exp.
+    shared = 2 * moe.n_shared * moe.d_ff_expert
+    routed = moe.top_k * 2 * moe.d_ff_expert
+    layers = model.n_layers * block + 2 * model.d_ff + (model.n_layers - 1) * (shared + routed)
+    ends = 2 * model.d_model  # The final norm's input; the loss's gradient.
+    # What is not counted: positions' rotations, indices, masks, of a few numbers a token.
+    assert kept_for_backward(config, 1, "cpu") == pytest.approx(4 * seq * (layers + ends), rel=0.05)
+
+
+def test_policies_keep_less_and_less():
+    kept = [kept_for_backward(run(remat), 1, "cpu") for remat in ("none", "v3", "full")]
+    assert kept[0] > 1.5 * kept[1] > 1.5 * kept[2] > 0
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_measured_on_an_h200(precision):
+    """`configs/small_gpu.py`, micro-batch 8: state and temporaries of the program that ran."""
+    measured = json.loads((RESULTS / "fp8_train.json").read_text())["results"][precision]
+    config = config_of("configs/small_gpu.py", f"train.precision={precision}")
+    found = memory.of_step(config, Split(1, 1, "replicated"), "gpu")
+    state = found.parameters + found.optimizer
+    assert state / GIB == pytest.approx(measured["state_gib"], rel=1e-3)  # Parameters and moments alone.
+    assert found.total / GIB == pytest.approx(measured["state_gib"] + measured["temporary_gib"], rel=0.1)
+
+
+def test_peak_measured_on_an_h200():
+    measured = json.loads((RESULTS / "small_gpu.json").read_text())
+    found = memory.of_step(config_of(measured["config"]), Split(1, 1, "replicated"), "gpu")
+    assert found.total / GIB == pytest.approx(measured["peak_memory_gib"], rel=0.1)
+
+
+def test_within_a_tenth_of_the_compiler():
+    """Programs that TPU's compiler laid out (`benchmarks/planner.py`); the largest is planned again."""
+    results = json.loads((RESULTS / "planner.json").read_text())["programs"]
+    assert len(results) >= 6 and len({r["topology"].split(":")[0] for r in results}) >= 2
+    for result in results:
+        assert result["planned_gib"] == pytest.approx(result["compiler_gib"], rel=0.1), result["config"]
+    last = next(r for r in results if r["config"] == "configs/v3_671b.py")
+    config = config_of(last["config"], *last["overrides"])
+    topology = parse_topology(last["topology"])
+    found = memory.of_step(config, split_of(config, topology), "tpu")
+    assert found.total / GIB == pytest.approx(last["compiler_gib"], rel=0.1)
+    assert found.total < topology.chip.hbm
