@@ -1,5 +1,7 @@
 """`fp8_matmul` and the grouped FP8 products against float64 numpy, and the lowering of their GPU kernels."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,6 +28,20 @@ PAST = 6
 # Compiled whole: op by op they take many times longer to compile.
 _rows, _columns, _blocks = jax.jit(quantize_rows), jax.jit(quantize_columns), jax.jit(quantize_blocks)
 _dequantized, _product = jax.jit(dequantize), jax.jit(fp8_matmul, static_argnames="out_dtype")
+
+
+@functools.partial(jax.jit, static_argnames=("power_of_two", "how"))
+def _every_product(x, dout, w, sizes, power_of_two, how):
+    """A product of each kind, of operands quantised the same way."""
+    options = dict(power_of_two=power_of_two)
+    a, w8 = quantize_rows(x, **options), quantize_blocks(w, **options)
+    left, right = (quantize_columns(y, sizes, **options) for y in (x, dout))
+    one = Quantized(w8.values[1], w8.scales[1])
+    return (
+        fp8_matmul(a, one, out_dtype=jnp.float32, implementation=how),
+        fp8_grouped_matmul(a, w8, sizes, out_dtype=jnp.float32, implementation=how),
+        fp8_grouped_wgrad(left, right, sizes, implementation=how),
+    )
 
 
 def _normal(*shape, seed=0):
@@ -57,19 +73,11 @@ def test_products_of_the_dequantised_operands(m, n, k, wgrad):
 @pytest.mark.parametrize("power_of_two", [True, False])
 def test_storage_only(power_of_two):
     """Dequantised to bfloat16: exact with power-of-two scales, 2^-9 an operand otherwise."""
-    options = dict(power_of_two=power_of_two)
     rows, sizes = sum(SIZES) + PAST, jnp.asarray(SIZES, jnp.int32)
-    x, dout = _normal(rows, 200), _normal(rows, 40, seed=1)
-    a, w = quantize_rows(x, **options), quantize_blocks(_normal(len(SIZES), 40, 200, seed=2), **options)
-    left, right = (quantize_columns(y, sizes, **options) for y in (x, dout))
-    one = Quantized(w.values[1], w.scales[1])
-    products = (
-        lambda how: fp8_matmul(a, one, out_dtype=jnp.float32, implementation=how),
-        lambda how: fp8_grouped_matmul(a, w, sizes, out_dtype=jnp.float32, implementation=how),
-        lambda how: fp8_grouped_wgrad(left, right, sizes, implementation=how),
-    )
-    for product in products:
-        got, want = (np.asarray(product(how), np.float64) for how in ("bf16", "reference"))
+    x, dout, w = _normal(rows, 200), _normal(rows, 40, seed=1), _normal(len(SIZES), 40, 200, seed=2)
+    found = (_every_product(x, dout, w, sizes, power_of_two, how) for how in ("bf16", "reference"))
+    for got, want in zip(*found, strict=True):
+        got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
         error = np.linalg.norm(got - want) / np.linalg.norm(want)
         assert error < 1e-6 if power_of_two else 1e-4 < error < 2**-8
 
@@ -115,9 +123,9 @@ def test_grouped_wgrad():
 
 
 def test_bad_calls_are_refused_with_the_reason():
-    a, b = quantize_rows(_normal(8, 256)), quantize_blocks(_normal(16, 256))
+    a, b = _rows(_normal(8, 256)), _blocks(_normal(16, 256))
     with pytest.raises(ValueError, match="k differs"):
-        fp8_matmul(a, quantize_blocks(_normal(16, 128)))
+        fp8_matmul(a, _blocks(_normal(16, 128)))
     with pytest.raises(ValueError, match="lhs scales"):
         fp8_matmul(Quantized(a.values, a.scales.T), b)
     with pytest.raises(ValueError, match="128x128 blocks"):
@@ -127,7 +135,7 @@ def test_bad_calls_are_refused_with_the_reason():
     with pytest.raises(ValueError, match="do not contract"):
         fp8_grouped_matmul(a, b, jnp.asarray([8]))
     with pytest.raises(ValueError, match="a multiple of 128"):
-        fp8_grouped_wgrad(quantize_rows(_normal(8, 100)), quantize_rows(_normal(8, 100)), jnp.asarray([8]))
+        fp8_grouped_wgrad(_rows(_normal(8, 100)), _rows(_normal(8, 100)), jnp.asarray([8]))
     if jax.default_backend() != "gpu":
         with pytest.raises(UnsupportedError, match="older than 0.11.2|not on cpu"):
             fp8_matmul(a, b, implementation="mosaic_gpu")
