@@ -124,14 +124,10 @@ def main() -> None:
         entry |= planned(case)
         entry["off"] = entry["planned_gib"] / entry["compiler_gib"] - 1
         programs[case.name] = entry
-        print(
-            f"{case.name:12} {case.topology:12} compiler {entry['compiler_gib']:8.3f} GiB   {entry['off']:+.1%}"
-        )
+        print(f"{case.name:12} {case.topology:12} {entry['compiler_gib']:8.3f} GiB   {entry['off']:+.1%}")
     rows = measured()
     for row in rows:
-        print(
-            f"H200 {row['precision']}: measured {row['measured_gib']:.2f} GiB, planned {row['planned_gib']:.2f}"
-        )
+        print(f"H200 {row['precision']}: {row['measured_gib']:.2f} GiB, planned {row['planned_gib']:.2f}")
     arguments.out.write_text(
         json.dumps({"programs": list(programs.values()), "measured": rows}, indent=1) + "\n"
     )

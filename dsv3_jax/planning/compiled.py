@@ -48,9 +48,9 @@ def devices(topology: Topology) -> list[Any]:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_LIBRARY_PATH", libtpu.get_library_path())
-    # Off a cloud machine libtpu finds neither, and says so on stderr.
+    # Off a cloud machine libtpu finds neither and complains; any slice will do for describing another.
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
     try:
         found = topologies.get_topology_desc(topology.text, "tpu").devices
     except Exception as error:  # libtpu's own types differ between versions.

@@ -88,6 +88,10 @@ def _run(
             f"  {name:<18}MFU {rate:>6.1%}{speed:>10,.0f} tokens/s a device{found.days:>10.2f} days"
             f"{found.device_hours:>14,.0f} device-hours{found.dollars:>14,.0f} $"
         )
+    if mfu is not None and mfu > bound.mfu:
+        lines.append(
+            f"  this mesh cannot reach an MFU of {mfu:.1%}: {bound.limit} limits it; --search tries others"
+        )
     if price == chip.price:
         lines.append(f"  prices: {PRICES_AS_OF}; --price sets another")
     return lines
