@@ -165,6 +165,30 @@ def runtime_zero():
     return second_grid_index()
 
 
+def uniform(number):
+    """An int32 that is the same in all threads, as a number of which the compiler knows it.
+
+    What was read from memory it takes for different: loop counters and operand descriptors that depend on it
+    then pass through the threads' registers, in the way of every product.
+    """
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.Layout.WG_SPLAT,),
+        return_type=plgpu.ShapeDtypeStruct((), jnp.int32, plgpu.Layout.WG_SPLAT(())),
+    )
+    def broadcast(_, number):
+        i32 = ir.IntegerType.get_signless(32)
+        first = mgpu.utils.inline_ptx(
+            "shfl.sync.idx.b32 $0, $1, 0, 31, 0xffffffff;",
+            number.registers[()],
+            result_types=i32,
+            has_side_effects=True,
+        )
+        return mgpu.FragmentedArray.splat(first, (), mgpu.WGSplatFragLayout(()), is_signed=True)
+
+    return broadcast(number)
+
+
 def keep_columns(matrix, limit, *, up_to):
     """-inf where the column number is above (`up_to`) or below (not `up_to`) its row's `limit`.
 

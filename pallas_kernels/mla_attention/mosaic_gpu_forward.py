@@ -230,6 +230,7 @@ class _Compute:
 
         def body(j, carry, some_masked):
             weights, peak, total = carry
+            j = j if self.operands.ranges is None else common.uniform(j)
             s = pl.run_scoped(lambda acc: self.products(acc, j, out, weights), self._scores())
             s = self.masked(s, j) if some_masked else s
             weights, peak, total, factor = self.softmax(s, peak, total, some_masked)
