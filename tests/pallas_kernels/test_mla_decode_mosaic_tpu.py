@@ -25,8 +25,7 @@ SMALL = Shape(3, (0, 129, 300), 4, rank=128, rope=32)  # Off the block, and noth
     [
         ({}, RACES),  # One case where races would be found, and memory read before it is written.
         ({"lengths": (300, 1, 2), "s_q": 3, "cache": "int8"}, True),
-        ({"page": 32, "cache": "float8_e4m3fn"}, True),
-        ({"page": 64, "s_q": 2}, True),
+        ({"page": 32, "s_q": 2, "cache": "float8_e4m3fn"}, True),
     ],
     ids=str,
 )
@@ -87,8 +86,8 @@ def compiled(shape, topology, monkeypatch, implementation="auto", **options):
     "shape",
     [
         Shape(4, 4096, 16),
-        Shape(4, 4096, 128, s_q=2, page=64, cache="float8_e4m3fn"),
-        Shape(4, 1000, 16, cache="int8"),
+        Shape(4, 1024, 16, s_q=2, page=64, cache="float8_e4m3fn"),
+        Shape(4, 1000, 128, cache="int8"),
     ],
     ids=str,
 )
@@ -104,16 +103,15 @@ def test_compiles_for_tpu(shape, topology, monkeypatch):
     [
         (Shape(1, 128, 16, rank=192), "latents of width 192; it takes multiples of 128"),
         (Shape(1, 128, 16, page=16), "page size 16; it takes multiples of 32"),
-        (Shape(1, 0, 16), "an empty axis"),
     ],
 )
 def test_refusals_name_the_constraint(shape, message):
-    (q, *arrays), options = shape.operands()
-    if message == "an empty axis":
-        q = q[:0]
-        arrays = [x[:0] for x in arrays]
+    def call():
+        arrays, options = shape.operands()
+        return mla_decode(*arrays, implementation="mosaic_tpu", **options)
+
     with target_platform("tpu"), pytest.raises(UnsupportedError, match=message):
-        jax.eval_shape(lambda: mla_decode(q, *arrays, implementation="mosaic_tpu", **options))
+        jax.eval_shape(call)
 
 
 def test_not_on_cpu():

@@ -66,7 +66,8 @@ def test_ranges_without_segments_cover_what_is_visible(q_len, kv_len, causal):
         check_range(padded, blocks, 64, 2 * call.q_tiles)
     for tile in range(call.q_tiles):
         first, _, _, last = call.key_blocks(None, 0, tile, 64)
-        assert written[[int(block) // 2 for block in range(first, last)], tile].all()  # dS, before it is read.
+        # dS is read in these blocks, so it must have been written.
+        assert written[[int(block) // 2 for block in range(first, last)], tile].all()
 
 
 @pytest.mark.parametrize("kind", ["packed", "any order"])
