@@ -90,7 +90,7 @@ def _run(
         )
     if mfu is not None and mfu > bound.mfu:
         lines.append(
-            f"  this mesh cannot reach an MFU of {mfu:.1%}: {bound.limit} limits it; --search tries others"
+            f"  this mesh cannot reach {mfu:.1%}: {bound.limit} limits it; --search tries others"
         )
     if price == chip.price:
         lines.append(f"  prices: {PRICES_AS_OF}; --price sets another")
