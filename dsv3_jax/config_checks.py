@@ -178,6 +178,7 @@ _CHOICES = {
     "model.mtp.kind": ("sequential", "parallel"),
     "optimizer.schedule": ("constant", "cosine", "multi_step", "v2", "v3"),
     "optimizer.moment_dtype": ("float32", "bfloat16"),
+    "optimizer.memory": ("device", "host"),
     "train.precision": ("bf16", "fp32", "fp8"),
     "train.remat": ("none", "full", "dots", "v3"),
     "train.ema_memory": ("device", "host"),

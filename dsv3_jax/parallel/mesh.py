@@ -71,8 +71,10 @@ def current_mesh() -> Mesh | None:
 def expert_wire() -> Wire | None:
     """How tokens reach experts of other devices, under the surrounding `use_mesh`; None if all are here."""
     mesh, options, _ = _current.get() or _NOWHERE
-    if mesh is None or mesh.shape["expert"] == 1:
-        return None
+    return None if mesh is None or mesh.shape["expert"] == 1 else _wire(mesh, options)
+
+
+def _wire(mesh: Mesh, options: MeshConfig) -> Wire:
     transport = choose(options.transport, mesh.devices.flat[0].platform)
     return Wire("expert", mesh.shape["expert"], transport, options.dispatch_slack)
 

@@ -14,6 +14,7 @@ from dsv3_jax.model import Transformer, init_variables
 from dsv3_jax.parallel.mesh import replicated, state_shardings
 from dsv3_jax.pipeline.layout import over_pipe
 from dsv3_jax.training import optimizer
+from dsv3_jax.training.ema import HOST
 
 
 class TrainState(NamedTuple):
@@ -53,6 +54,9 @@ def abstract_state(config: Config, mesh: Mesh) -> TrainState:
         optimizer=optax.ScaleByAdamState(count=scalar, mu=moments, nu=moments),
     )
     layout = over_pipe(layout, shapes, mesh)
+    if config.optimizer.memory == "host":
+        moments = jax.tree.map(lambda sharding: sharding.with_memory_kind(HOST), layout.optimizer.mu)
+        layout = layout._replace(optimizer=layout.optimizer._replace(mu=moments, nu=moments))
     return jax.tree.map(
         lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
         shapes,
