@@ -4,6 +4,7 @@ A kernel that a compiler or driver makes wrong on this GPU would otherwise show 
 `PALLAS_SELF_CHECK=0` in the environment leaves the check out.
 """
 
+import functools
 import os
 from typing import Any
 
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 from pallas_kernels.implementations import platform
 from pallas_kernels.mla_attention import mla_attention
 from pallas_kernels.mla_decode import mla_decode
+from pallas_kernels.mla_decode.shapes import quantise
 
 # Norm of the error over that of the result: bf16 operands and results leave 2e-3 to 4e-3.
 TOLERANCE = 1e-2
@@ -30,12 +32,14 @@ def self_check(
     d_rope: int = 64,
     d_v: int = 128,
     rank: int = 512,
+    cache: str = "bfloat16",
     implementation: str = "auto",
 ) -> dict[str, float]:
     """Compares `mla_attention`, its gradients and `mla_decode` in bf16 with the references in float32.
 
     Args:
       heads, d_nope, d_rope, d_v, rank: widths of the model at hand; they decide which kernel is chosen.
+      cache: dtype of the cache that decoding reads: "bfloat16", "int8" or "float8_e4m3fn".
       implementation: what to check; `"auto"` is what the model will use.
 
     Returns:
@@ -47,7 +51,7 @@ def self_check(
     if os.environ.get("PALLAS_SELF_CHECK", "1") == "0":
         return {}
     errors = _attention(heads, d_nope, d_rope, d_v, implementation)
-    errors |= _decode(heads, d_rope, rank, implementation)
+    errors |= _decode(heads, d_rope, rank, cache, implementation)
     wrong = {name: error for name, error in errors.items() if not error <= TOLERANCE}
     if wrong:
         found = ", ".join(f"{name} by {error:.1e}" for name, error in wrong.items())
@@ -92,16 +96,21 @@ def _attention(heads, d_nope, d_rope, d_v, implementation):
     return {f"mla_attention {n}": _error(a, b) for n, a, b in zip(names, results, exact, strict=True)}
 
 
-def _decode(heads, d_rope, rank, implementation):
+def _decode(heads, d_rope, rank, cache, implementation):
     capacity = -(-_LENGTH // 8) * 8
     q, c_kv = _normal(5, 2, 1, heads, rank + d_rope), _normal(6, 2, capacity, rank)
     k_rope, lengths = _normal(7, 2, capacity, d_rope), jnp.array([_LENGTH, 77], jnp.int32)
+    factors = {}
+    if cache != "bfloat16":
+        c_kv, factors["c_kv_scale"] = quantise(c_kv, cache)
+        k_rope, factors["k_rope_scale"] = quantise(k_rope, cache)
 
     def run(name, *operands):
-        f = jax.jit(lambda *a: mla_decode(*a, scale=(rank + d_rope) ** -0.5, implementation=name))
-        return f(*operands)
+        f = functools.partial(mla_decode, scale=(rank + d_rope) ** -0.5, implementation=name)
+        return jax.jit(f)(*operands, lengths, **factors)
 
-    exact = run("reference", *(x.astype(jnp.float32) for x in (q, c_kv, k_rope)), lengths)
-    results = run(implementation, q, c_kv, k_rope, lengths)
+    # The reference takes codes as they are, and computes in float32.
+    exact = run("reference", q.astype(jnp.float32), c_kv, k_rope)
+    results = run(implementation, q, c_kv, k_rope)
     names = ("output", "log-sum-exp")
     return {f"mla_decode {n}": _error(a, b) for n, a, b in zip(names, results, exact, strict=True)}

@@ -11,7 +11,7 @@ SMALL = {"heads": 2, "d_nope": 16, "d_rope": 8, "d_v": 16, "rank": 32}
 
 
 def test_right_kernels_pass():
-    errors = self_check(**SMALL)
+    errors = self_check(**SMALL, cache="int8")
     assert len(errors) == 8
     assert 0 < max(errors.values()) < 1e-2
 
@@ -43,6 +43,6 @@ def test_it_can_be_switched_off(monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
-@pytest.mark.parametrize("heads", [16, 128])
-def test_the_kernels_for_deepseek_v3_pass(heads):
-    self_check(heads=heads)
+@pytest.mark.parametrize("heads, cache", [(16, "bfloat16"), (128, "bfloat16"), (16, "float8_e4m3fn")])
+def test_the_kernels_for_deepseek_v3_pass(heads, cache):
+    self_check(heads=heads, cache=cache)
