@@ -18,8 +18,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int, Shaped
 
+from pallas_kernels.implementations import platform
+
 TRANSPORTS = ("dense", "ragged", "gather")
-UPDATES = 512  # Of a ragged exchange, for each peer.
+UPDATES = 512  # Of a ragged exchange, for each peer. TPU's takes one: each more only takes longer to compile.
 
 
 @jax.tree_util.register_static  # No leaf of a route that goes through a transformation.
@@ -69,10 +71,10 @@ def move(
 
 
 def updates(
-    slots: int, rank: Int[Array, ""], counts: Int[Array, " ranks"]
+    slots: int, rank: Int[Array, ""], counts: Int[Array, " ranks"], pieces: int = UPDATES
 ) -> tuple[Int[Array, " pieces"], Int[Array, " pieces"], Int[Array, " pieces"]]:
     """(offsets in my buffer, offsets in the peers' buffers, sizes) of the pieces of a ragged exchange."""
-    step = -(-slots // UPDATES)
+    step = -(-slots // pieces)
     first = jnp.arange(0, slots, step, dtype=jnp.int32)
     sizes = jnp.clip(counts[:, None] - first, 0, step)
     mine = jnp.arange(len(counts), dtype=jnp.int32)[:, None] * slots + first
@@ -83,8 +85,9 @@ def updates(
 def _ragged(buffer, wire: Wire, sent, received):
     slots = buffer.shape[1]
     rank = lax.axis_index(wire.axis)
-    mine, theirs, send_sizes = updates(slots, rank, sent)
-    receive_sizes = updates(slots, rank, received)[2]
+    pieces = 1 if platform() == "tpu" else UPDATES
+    mine, theirs, send_sizes = updates(slots, rank, sent, pieces)
+    receive_sizes = updates(slots, rank, received, pieces)[2]
     flat = buffer.reshape(-1, *buffer.shape[2:])
     moved = lax.ragged_all_to_all(
         flat, jnp.zeros_like(flat), mine, send_sizes, theirs, receive_sizes, axis_name=wire.axis
