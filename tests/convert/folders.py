@@ -7,6 +7,7 @@ import ml_dtypes
 import numpy as np
 
 from dsv3_jax.config import AttentionConfig, ModelConfig, MoEConfig, MTPConfig, RopeConfig
+from dsv3_jax.convert import opened
 
 BF16, E4M3 = np.dtype(ml_dtypes.bfloat16), np.dtype(ml_dtypes.float8_e4m3fn)
 NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3", "int64": "I64"}
@@ -178,3 +179,17 @@ def read(path):
             start, stop = (8 + length + offset for offset in entry["data_offsets"])
             found[name] = (entry["dtype"], tuple(entry["shape"]), data[start:stop])
     return found
+
+
+def everything(source):
+    """The bytes of all arrays."""
+    whole = {}
+    for path, leaf in source.leaves.items():
+        lead = leaf.shape[: leaf.lead]
+        whole[path] = b"".join(source.read(path, at, 0, leaf.block[0]).tobytes() for at in np.ndindex(*lead))
+    return whole
+
+
+def equal(a, b):
+    with opened.open_source(a) as first, opened.open_source(b) as second:
+        return everything(first.source) == everything(second.source)

@@ -15,7 +15,7 @@ from dsv3_jax import inspection
 from dsv3_jax.cli import main
 from dsv3_jax.config import MTPConfig
 from dsv3_jax.config_checks import typed
-from dsv3_jax.convert import compare, hf_config, hf_config_write, mapping
+from dsv3_jax.convert import compare, hf_config, hf_config_write, mapping, run_config
 from dsv3_jax.convert.shapes import shapes
 from dsv3_jax.model import Transformer, init_variables
 from tests.convert import folders
@@ -124,6 +124,20 @@ def test_config_json_and_back(name):
     assert compare.same_model(back.config, config)
     assert not back.notes
     assert back.config.max_seq_len == config.max_seq_len
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_configuration_that_fine_tunes_it(name):
+    """What `dsv3 inspect DIR --write-config FILE` writes is a valid run of the same model."""
+    model = preset(name).model
+    scope: dict = {}
+    exec(run_config.text(model, Path("weights"), "byte", Path("run.py")), scope)
+    config = typed(scope["get_config"]())
+    assert compare.differences(model, config.model) == []
+    assert (config.train.init_from, config.data.tokenizer) == ("weights", "byte")
+    assert config.model.max_seq_len == model.max_seq_len
+    without = model.moe.n_dense_layers < model.n_layers and not mapping.has_bias(model)
+    assert not (without and config.model.moe.bias_speed)
 
 
 def test_kimi_k2_is_the_class_of_v3():
