@@ -99,6 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
     from dsv3_jax.convert.errors import ConversionError
     from dsv3_jax.data import DataError
     from dsv3_jax.generation import Generator, RequestError, SamplingParams
+    from pallas_kernels.self_check import SelfCheckError
 
     try:
         params = SamplingParams(
@@ -127,7 +128,7 @@ def run(arguments: argparse.Namespace) -> int:
             sys.stdout.write(piece.text)
             sys.stdout.flush()
         print()
-    except (RequestError, ConversionError, DataError, ConfigError, OSError) as error:
+    except (RequestError, ConversionError, DataError, ConfigError, SelfCheckError, OSError) as error:
         print(f"dsv3 generate: {error}", file=sys.stderr)
         return 2
     print(generator.statistics.summary(), file=sys.stderr)

@@ -1,6 +1,7 @@
 """`dsv3 serve`: the OpenAI completions and chat-completions protocol over continuous batching."""
 
 import argparse
+import ipaddress
 import sys
 from pathlib import Path
 
@@ -27,6 +28,21 @@ def add_parser(subparsers) -> None:
     parser.set_defaults(run=run)
 
 
+def warn_of(host: str) -> None:
+    """Says on stderr when other machines reach a server on `host`, a name or an address."""
+    try:
+        ours = ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        ours = host.lower() in ("localhost", "localhost.localdomain")
+    if not ours:
+        print(
+            f"dsv3 serve: warning: --host {host} answers other machines, without authentication or "
+            "encryption; put a proxy that has both before it, or leave --host out",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Serves until SIGTERM or Ctrl-C. Returns the exit code."""
     try:
@@ -45,6 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     from dsv3_jax.generation.engine import Engine
     from dsv3_jax.generation.requests import Limits
     from dsv3_jax.generation.weights import prepare
+    from pallas_kernels.self_check import SelfCheckError
 
     names = ("slots", "max_tokens", "page_size", "queue", "chunk")
     try:
@@ -63,13 +80,14 @@ def run(arguments: argparse.Namespace) -> int:
             cache_dtype=arguments.cache_dtype or {"float32": "fp32", "bfloat16": "bf16"}[dtype.dtype.name],
             drafts=drafts(arguments, loaded.config),
         )
-    except (RequestError, ConversionError, DataError, ConfigError, OSError) as error:
+    except (RequestError, ConversionError, DataError, ConfigError, SelfCheckError, OSError) as error:
         print(f"dsv3 serve: {error}", file=sys.stderr)
         return 2
     name = arguments.model_name or Path(arguments.checkpoint).resolve().name
     file, prefix = loaded.tokenizer_file, loaded.prefix
     server = Server(engine, loaded.tokenizer, name, tokenizer_file=file, prefix=prefix)
     del loaded
+    warn_of(arguments.host)
     print("compiling", file=sys.stderr, flush=True)
     engine.warm_up()
     print(f"serving {name!r} on http://{arguments.host}:{arguments.port}/v1", file=sys.stderr, flush=True)

@@ -8,6 +8,7 @@ speculation, decode  drafts and their verification; the state and the step
 prefill              prompts into the cache, chunk by chunk
 text, generator      tokens to text; `Generator`, the Python interface
 requests, slots, engine   continuous batching: what is asked, the device's part, the host's
+kernel_check         a check of the kernels before the first request
 folders              from a folder to a model with its tokenizer
 """
 

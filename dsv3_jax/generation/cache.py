@@ -8,7 +8,7 @@ sequence of its own in the arrays; MLA has one.
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ DTYPES: dict[str, Any] = {
 }
 
 
+@no_type_check  # Of JAX's trees, whose leaves may be shapes.
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LayerCache:
@@ -39,6 +40,7 @@ class LayerCache:
     k_rope_scale: Float[Array, "rows slots"] | None
 
 
+@no_type_check  # Of JAX's trees, whose leaves may be shapes.
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LatentCache:

@@ -1,7 +1,7 @@
 """One frozen state and one pure step, which the while loop, streaming and continuous batching share."""
 
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import NamedTuple, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,10 @@ from dsv3_jax.generation.speculation import TOKEN, Drafts, penalised, propose, v
 from dsv3_jax.generation.weights import Weights
 from pallas_kernels import implementations
 
-BURST = 8
+BURSTS = {"gpu": 8}
 
 
+@no_type_check  # Of JAX's trees, whose leaves may be shapes.
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DecodeState:
@@ -175,10 +176,10 @@ class Texts(NamedTuple):
 def run(weights: Weights, state: DecodeState, config: ModelConfig, room: int) -> tuple[DecodeState, Texts]:
     """Steps until no sequence goes on, in one `lax.while_loop`: no return to the host in between.
 
-    On a GPU the host must read the loop's condition, and waits for the device to do so: there `BURST` steps
+    On a GPU the host must read the loop's condition, and waits for the device to do so: there several steps
     go between two readings. Steps past the end of all texts change nothing.
     """
-    burst = BURST if implementations.platform() == "gpu" else 1
+    burst = BURSTS.get(implementations.platform(), 1)
     batch, drafts = state.left.shape[0], state.hidden.shape[1] // 2
     zeros = jnp.zeros((batch, room), jnp.int32)
     texts = Texts(

@@ -20,6 +20,7 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.data.tokenizers import Tokenizer
 from dsv3_jax.generation.decode import Emitted
 from dsv3_jax.generation.generator import check_drafts, check_prompt
+from dsv3_jax.generation.kernel_check import check_kernels
 from dsv3_jax.generation.prefill import SMALLEST_CHUNK
 from dsv3_jax.generation.requests import Counters, Limits, Pages, QueueFull, Request
 from dsv3_jax.generation.sampling import RequestError, SamplingParams
@@ -54,6 +55,7 @@ class Engine:
         drafts: int = 0,
     ):
         check_drafts(config, drafts)
+        check_kernels(config, weights.embedding.dtype, cache_dtype)
         limits = limits or Limits()
         self.limits = replace(limits, max_tokens=min(limits.max_tokens, config.max_seq_len))
         self.config, self.tokenizer, self.drafts = config, tokenizer, drafts

@@ -15,6 +15,7 @@ from dsv3_jax.data.tokenizers import Tokenizer
 from dsv3_jax.generation import decode
 from dsv3_jax.generation.cache import DTYPES, LatentCache, init_cache
 from dsv3_jax.generation.decode import DecodeState, Emitted
+from dsv3_jax.generation.kernel_check import check_kernels
 from dsv3_jax.generation.prefill import prefill
 from dsv3_jax.generation.sampling import RequestError, SamplingParams, make_sampler
 from dsv3_jax.generation.speculation import window
@@ -123,6 +124,7 @@ class Generator:
 
     Raises:
       RequestError: the tokenizer or the drafts do not fit the model.
+      SelfCheckError: a kernel is wrong on this machine (`kernel_check`).
     """
 
     def __init__(
@@ -150,6 +152,7 @@ class Generator:
         self.cache_dtype, self.drafts, self.chunk = cache_dtype or matching, speculate, chunk
         self.page_size, self.prefix = page_size, tuple(prefix)
         self.eos_id = eos_id if tokenizer is None else tokenizer.eos_id
+        check_kernels(config, dtype, self.cache_dtype)
         self.weights = jax.jit(prepare, static_argnums=(1, 2))(variables, config, jnp.dtype(dtype))
         self.statistics = Statistics(accepted=[0] * speculate)
 

@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from dsv3_jax.checkpoint.manager import Checkpoints
-from dsv3_jax.cli import main
+from dsv3_jax.cli import main, serve
 from dsv3_jax.config import CheckpointConfig, Config, TrainConfig
 from dsv3_jax.data.tokenizers import ByteTokenizer
 from dsv3_jax.generation import Generator, SamplingParams
@@ -63,3 +63,12 @@ def test_one_line_says_what_is_wrong(workdir, capfd, arguments, message):
     assert main(["generate", "--checkpoint", str(workdir), *arguments]) == 2
     err = capfd.readouterr().err
     assert re.search(message, err) and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("host", "open_to_others"),
+    [("127.0.0.1", 0), ("::1", 0), ("localhost", 0), ("0.0.0.0", 1), ("::", 1), ("10.0.0.7", 1), ("box", 1)],
+)
+def test_a_server_that_others_reach_says_so(capfd, host, open_to_others):
+    serve.warn_of(host)
+    assert capfd.readouterr().err.count(f"warning: --host {host} ") == open_to_others
