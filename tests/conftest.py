@@ -28,4 +28,9 @@ def pytest_configure(config):
     # Every array signature is checked, shapes and dtypes, whenever a test calls or traces it.
     arrays = ["losses", "step", "state", "optimizer", "ema", "throughput"]
     packages = ["dsv3_jax.model", "dsv3_jax.parallel", "dsv3_jax.precision", "pallas_kernels"]
-    install_import_hook([*packages, *(f"dsv3_jax.training.{name}" for name in arrays)], "beartype.beartype")
+    packages += [f"dsv3_jax.training.{name}" for name in arrays]
+    # The modules of generation that handle arrays; the others take a `Tokenizer`, a protocol.
+    arrays = ["attention", "cache", "decode", "experts", "forward", "kernel_check", "linear", "prefill"]
+    arrays += ["sampling", "slots", "speculation", "weights"]
+    packages += [f"dsv3_jax.generation.{name}" for name in arrays]
+    install_import_hook(packages, "beartype.beartype")

@@ -2,13 +2,14 @@
 
 import functools
 import json
+import sys
 import types
 
 import numpy as np
 import pytest
 
 from dsv3_jax.data.tokenizers import ByteTokenizer
-from dsv3_jax.evaluation import Harness, Scorer, multiple_choice, perplexity
+from dsv3_jax.evaluation import Harness, Scorer, for_lm_eval, multiple_choice, perplexity
 from dsv3_jax.generation import Generator, RequestError
 from dsv3_jax.model import Transformer
 from tests.model.test_transformer import changed, make_variables
@@ -111,6 +112,22 @@ def test_the_harness_methods():
     for _ in range(6):
         ids.append(int(transformer.forward(oracle_tree(), np.array(ids), MODEL).logits[-1].argmax()))
     assert EOS not in ids and text == ByteTokenizer().decode(ids[18:])
+
+
+def test_the_adapter_is_a_model_of_lm_eval(monkeypatch):
+    """With the package's own base class where it is installed, and with one like it where not."""
+    try:
+        from lm_eval.api.model import LM
+    except ImportError:
+        LM = type("LM", (), {})
+        for name in ("lm_eval", "lm_eval.api", "lm_eval.api.model"):
+            monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+        monkeypatch.setattr(sys.modules["lm_eval.api.model"], "LM", LM, raising=False)
+    names = ("loglikelihood", "loglikelihood_rolling", "generate_until")
+    harness = types.SimpleNamespace(**{n: lambda requests, n=n: (n, requests) for n in names})
+    adapter = for_lm_eval(harness)  # pyright: ignore[reportArgumentType]
+    assert isinstance(adapter, LM)
+    assert [getattr(adapter, n)([1, 2]) for n in names] == [(n, [1, 2]) for n in names]
 
 
 @pytest.mark.parametrize(

@@ -39,9 +39,9 @@ def variables(name):
 
 
 @functools.cache
-def generator(name, **options):
+def generator(name, chunk=16, **options):
     """A generator; tests that use it with batches of three share its compiled programs."""
-    return Generator(CONFIGS[name], variables(name), chunk=16, **options)
+    return Generator(CONFIGS[name], variables(name), chunk=chunk, **options)
 
 
 @functools.cache

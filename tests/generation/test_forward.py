@@ -10,9 +10,12 @@ import pytest
 
 from dsv3_jax.generation import forward
 from dsv3_jax.generation.cache import init_cache
+from dsv3_jax.generation.experts import moe
 from dsv3_jax.generation.prefill import prefill
 from dsv3_jax.generation.weights import prepare
+from dsv3_jax.model import Transformer
 from tests.generation.models import CONFIGS, teacher_forced, variables
+from tests.model.test_transformer import changed, make_variables
 
 LENGTHS = np.array([5, 17, 12], np.int32)
 STEPS = 6
@@ -20,15 +23,16 @@ PAGE = 4
 
 
 @functools.cache
-def weights(name):
-    return jax.jit(prepare, static_argnums=1)(variables(name), CONFIGS[name])
+def weights(name, dtype=jnp.float32, merge_shared=None):
+    made = jax.jit(prepare, static_argnums=(1, 2, 3))
+    return made(variables(name), CONFIGS[name], jnp.dtype(dtype), merge_shared)
 
 
 decode = jax.jit(forward.decode, static_argnames="config")
 
 
 def logits_of(name, hidden):
-    return np.asarray(jnp.matmul(hidden, weights(name).head, precision="highest"))
+    return np.asarray(jnp.matmul(hidden.astype(jnp.float32), weights(name).head, precision="highest"))
 
 
 def ragged(name):
@@ -44,19 +48,20 @@ def shuffled_pages(cache):
     return replace(cache, page_table=jnp.asarray(order.reshape(cache.page_table.shape), jnp.int32))
 
 
-def decoded(name, dtype, page_size, seq=1, chunk=16):
+def decoded(name, dtype, page_size, seq=1, chunk=16, weights_dtype=jnp.float32):
     """The logits of STEPS rounds of `seq` tokens after each prompt, and those of the forward."""
     config = CONFIGS[name]
     texts, prompts = ragged(name)
     cache = init_cache(config, 3, 40, dtype, page_size=page_size)
     if page_size:
         cache = shuffled_pages(cache)
-    cache, last = prefill(weights(name), cache, prompts, LENGTHS, config, chunk=chunk, drafts=0)
+    read = weights(name, weights_dtype)
+    cache, last = prefill(read, cache, prompts, LENGTHS, config, chunk=chunk, drafts=0)
     found, expected = [logits_of(name, last[:, -1])], []
     for i in range(STEPS):
         at = LENGTHS[:, None] + i * seq + np.arange(seq)
         new = np.take_along_axis(texts, at, axis=1)
-        hidden, cache = decode(weights(name), cache, new, np.ones(3, bool), config)
+        hidden, cache = decode(read, cache, new, np.ones(3, bool), config)
         cache = replace(cache, lengths=cache.lengths + seq)
         found += list(np.moveaxis(logits_of(name, hidden), 1, 0))
     for row, n in enumerate(LENGTHS):
@@ -66,7 +71,7 @@ def decoded(name, dtype, page_size, seq=1, chunk=16):
 
 
 @pytest.mark.parametrize(
-    ("name", "page_size"), [("v3", 0), ("v3", PAGE), ("v2", 0), ("mha", 0), ("gqa", PAGE), ("mqa", PAGE)]
+    ("name", "page_size"), [("v3", PAGE), ("v2", 0), ("mha", 0), ("gqa", PAGE), ("mqa", PAGE)]
 )
 def test_prefill_and_decode_equal_the_forward(name, page_size):
     found, expected = decoded(name, "fp32", page_size)
@@ -82,6 +87,18 @@ def test_several_tokens_at_once():
 def test_chunked_prefill():
     found, expected = decoded("v3", "fp32", PAGE, chunk=4)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [1, 12])  # Few: a product a choice; many: grouped.
+def test_shared_experts_among_the_routed_ones(tokens):
+    """As a GPU has them: experts that everybody chooses give what the shared FFN beside the others gives."""
+    config = changed(n_layers=1, moe={"n_shared": 2, "n_dense_layers": 0}, mtp={"depth": 0})
+    made = make_variables(Transformer(config))
+    u = jnp.asarray(np.random.default_rng(1).normal(size=(1, tokens, config.d_model)), jnp.float32)
+    apart, merged = (prepare(made, config, merge_shared=way).layers[0]["moe"] for way in (False, True))
+    assert "shared" in apart and "shared" not in merged
+    found = [jax.jit(moe, static_argnames="config")(w, u, config=config.moe) for w in (merged, apart)]
+    np.testing.assert_allclose(*found, rtol=0, atol=1e-5)  # float32 sums in another order, values near 1.
 
 
 def test_sequences_at_rest_write_nothing():

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv3_jax.data.tokenizers import ByteTokenizer
-from dsv3_jax.generation import Generator, RequestError, SamplingParams, TextStream
+from dsv3_jax.generation import Generator, RequestError, SamplingParams, TextStream, decode
 from tests.generation.models import CONFIGS, generator, teacher_forced, variables
 from tests.model.test_transformer import changed, make_variables
 
@@ -28,10 +28,7 @@ def greedy(prompt):
 
 
 PROMPT = st.lists(st.integers(0, 28), min_size=1, max_size=20)
-SETTINGS = [
-    {},
-    {"page_size": 4, "speculate": 1},
-]
+SETTINGS = [{}, {"page_size": 4, "speculate": 2}, {"page_size": 8, "chunk": 4}]
 
 
 # Each setting and batch size compiles once; the examples then run in milliseconds.
@@ -63,10 +60,26 @@ def test_stop_tokens_end_the_text_and_are_no_part_of_it():
     expected = greedy(prompt)
     stop = expected[4]
     params = dataclasses.replace(GREEDY, stop_tokens=(stop,))
-    for speculate in (0, 2):
-        found, *_ = generator("v3", speculate=speculate).generate([prompt] * 3, params)
+    for options in SETTINGS[:2]:
+        found, *_ = generator("v3", **options).generate([prompt] * 3, params)
         assert found.tokens == expected[: expected.index(stop)]
         assert found.finish_reason == "stop" and len(found.log_probs) == len(found.tokens)
+
+
+def test_steps_between_two_looks_at_the_condition_change_nothing(monkeypatch):
+    """As on a GPU, where a loop makes several steps at a time: some go past the end of every text."""
+    made = generator("small")
+    requests = [dataclasses.replace(GREEDY, max_new_tokens=n) for n in (1, 6, 3)]
+    prompts = [[1, 2, 3], [4] * 17, [5]]
+    expected = [c.tokens for c in made.generate(prompts, requests)]
+    monkeypatch.setattr(decode, "BURSTS", {"cpu": 4})
+    state, first = made._start(prompts, requests)
+    state, texts = jax.jit(decode.run, static_argnums=(2, 3))(made.weights, state, made.config, 16)
+    found = [
+        [int(first.tokens[row, 0]), *texts.tokens[row, : texts.n_tokens[row]].tolist()] for row in range(3)
+    ]
+    assert found == expected and texts.steps.tolist() == [0, 5, 2]
+    assert state.cache.lengths.tolist() == [3, 22, 3]
 
 
 def test_the_context_ends_the_text():

@@ -54,7 +54,7 @@ def expected_distribution(logits, request, seen):
 def test_distribution():
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(len(REQUESTS), 20)).astype(np.float32) * 2
-    seen = rng.random(logits.shape) < 0.3
+    seen = jnp.asarray(rng.random(logits.shape) < 0.3)
     sampler = make_sampler(REQUESTS, eos_id=3)
     found = jax.jit(
         lambda logits: distribution(penalise(logits, seen, sampler.repetition_penalty), sampler, filters=True)
@@ -85,7 +85,8 @@ def test_log_probability_is_the_models():
     tokens = np.array([1, 6, 0])
     wide = logits.astype(np.float64)
     expected = wide[np.arange(3), tokens] - np.log(np.exp(wide).sum(-1))
-    np.testing.assert_allclose(log_probability(logits, tokens), expected, atol=1e-6)
+    found = log_probability(jnp.asarray(logits), jnp.asarray(tokens))
+    np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ def test_drafts_are_the_depths_of_training():
     """Also after a rejection: what wrong drafts left in the depths' caches does not show."""
     name, config, n = "v3", CONFIGS["v3"], 12
     text = np.random.default_rng(8).integers(0, 29, (1, n + 3)).astype(np.int32)
-    weights = generator(name, speculate=2).weights
+    weights = generator(name, speculate=2, page_size=4).weights
     cache = init_cache(config, 1, 32, "fp32", drafts=2)
     start = n - 3
     lengths = np.array([start], np.int32)
@@ -62,7 +62,7 @@ def test_drafts_are_the_depths_of_training():
 @pytest.mark.parametrize(("name", "drafts"), [("v3", 2), ("mqa", 2)])
 def test_greedy_text_is_that_of_plain_decoding(name, drafts):
     plain = generator(name).generate(prompts(), GREEDY)
-    fast = generator(name, speculate=drafts)
+    fast = generator(name, speculate=drafts, page_size=4)
     before = fast.statistics.steps
     found = fast.generate(prompts(), GREEDY)
     assert [c.tokens for c in found] == [c.tokens for c in plain]
@@ -97,7 +97,7 @@ def test_sampled_text_has_the_distribution_of_plain_decoding():
     """The first three tokens of many samples drafted by the depths, against the forward's probabilities."""
     n, prompt = 600, prompts()[0]
     requests = [SamplingParams(max_new_tokens=3, temperature=0.9, top_k=2, seed=s) for s in range(n)]
-    texts = generator("v3", speculate=2).generate([prompt] * n, requests)
+    texts = generator("v3", speculate=2, page_size=4).generate([prompt] * n, requests)
     found = collections.Counter(tuple(c.tokens) for c in texts)
 
     def following(text):
