@@ -2,6 +2,7 @@
 
     PYTHONPATH=. OMP_WAIT_POLICY=PASSIVE python benchmarks/decode.py [--shape tiny small] [--out results.json]
     PYTHONPATH=. python benchmarks/decode.py --context 1024 4096 16384     # cost by the cache's length
+    python benchmarks/decode_gpu.py                                        # on a GPU
 
 Both complete the same prompts, prefill included, in float32 with the same threads, taking turns; the texts
 must be the same, token by token. The peer's best way to run its experts is searched in the same run. The
@@ -92,7 +93,8 @@ def measure(name: str, batch: int, rounds: int) -> dict[str, Any]:
     times = cpu.alternate({"ours": ours, "theirs": lambda: theirs(best[1], prompts)}, rounds=rounds)
     row = {"shape": name, "batch": batch, "experts": best[0]}
     row |= {f"{who}_tokens_per_second": batch * NEW / times[who].wall for who in times}
-    return row | {"ratio": times["theirs"].wall / times["ours"].wall}
+    ratios = {"ratio": times["theirs"].wall / times["ours"].wall}
+    return row | ratios | {"ratio_cpu_seconds": times["theirs"].cpu / times["ours"].cpu}
 
 
 def by_length(lengths: list[int], capacity: int, rounds: int) -> list[dict[str, Any]]:

@@ -144,16 +144,20 @@ def step_bytes(weights: Weights, config: ModelConfig, batch: int, context: float
     for layer in weights.layers:
         for name, leaf in [(n, x) for part in layer.values() for n, x in _named(part)]:
             if "moe" in layer and name in ("gate_up", "down"):
-                one = leaf.nbytes / leaf.shape[0]
+                one = _bytes(leaf) / leaf.shape[0]
                 hit = m.n_experts * (1 - (1 - m.top_k / m.n_experts) ** batch)
                 experts += one * (hit + m.n_shared)
             else:
-                others += leaf.nbytes
+                others += _bytes(leaf)
     return {
         "experts": experts,
-        "other_weights": others + weights.head.nbytes,
+        "other_weights": others + _bytes(weights.head),
         "cache": batch * context * bytes_per_token(config, "bf16"),
     }
+
+
+def _bytes(leaf: Any) -> int:
+    return leaf.size * leaf.dtype.itemsize
 
 
 def _named(part: Any) -> list[tuple[str, Any]]:

@@ -3,8 +3,8 @@
     python train.py --config=configs/proxy_300m.py --workdir=runs/proxy --config.train.steps=400
     python benchmarks/speculation.py --checkpoint runs/proxy [--drafts 1] [--temperature 0] [--out FILE]
 
-Both ways continue the same prompts in turns, in one loop on the device; prefill is not counted. At temperature
-0 the texts are the same but for ties within the rounding of bf16, after which all that follows may differ.
+Both ways continue the same prompts in turns, in one loop on the device; prefill is not counted. At
+temperature 0 the texts are the same but for ties within the rounding of bf16, after which all may differ.
 """
 
 import argparse
