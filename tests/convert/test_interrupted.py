@@ -1,4 +1,4 @@
-"""Writes that are interrupted or refused: nothing half-written loads, and the same command goes on."""
+"""Conversions as processes: killed, refused by the disk, and in little memory."""
 
 import errno
 import json
@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 from dsv3_jax.cli import main
@@ -115,3 +116,26 @@ def test_too_little_space_is_seen_before(tmp_path, monkeypatch):
     with pytest.raises(ConversionError, match="MB are needed, 0.0 MB are free"):
         save_pretrained(tmp_path / "out", config, variables)
     assert not (tmp_path / "out.partial").exists()
+
+
+def peak_of(*arguments):
+    """Peak memory of a command, bytes."""
+    process = subprocess.Popen([sys.executable, "-m", "dsv3_jax.cli", *map(str, arguments)])
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = status
+    assert status == 0
+    return usage.ru_maxrss * 1024
+
+
+def test_memory_is_that_of_a_few_tensors(tmp_path):
+    """A folder of 250 MB, no tensor of it above 1 MB, takes little more memory than one of 20 kB."""
+    hf = HF | {"n_routed_experts": 128, "moe_intermediate_size": 400, "hidden_size": 400}
+    tensors = {name: np.zeros(shape, folders.BF16) for name, shape in folders.shapes(hf).items()}
+    tensors |= {name: value.astype(np.float32) for name, value in tensors.items() if "bias" in name}
+    large, small = folders.write(tmp_path / "large", hf, tensors), folders.write(tmp_path / "small")
+    size = sum(file.stat().st_size for file in large.iterdir())
+    assert size > 2.4e8
+    for command in ("import", "export"):
+        before = peak_of(command, "--from", small, "--to", tmp_path / f"{command} of small")
+        peak = peak_of(command, "--from", large, "--to", tmp_path / f"{command} of large")
+        assert peak - before < size / 5  # Names and places of 1,800 tensors, and a few of the tensors.
