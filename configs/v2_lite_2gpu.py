@@ -2,10 +2,10 @@
 
     python train.py --config=configs/v2_lite_2gpu.py --workdir=runs/v2_lite
 
-Half of the experts on each GPU (`mesh.expert=2`) and all else on both. A GPU holds 8.6B parameters, in
-bytes: 34e9 for fp32 weights, 34e9 for their gradients, 34e9 for bf16 moments, less what `zero1` splits; and
-the activations of 4 sequences, of which `remat="v3"` keeps about 1e9 a layer. The published recipe and what
-differs from it are in `v2_lite.py`; FLOPs a token are those of the progress line's MFU.
+Half of the experts on each GPU (`mesh.expert=2`), all else split over both (`fsdp`). A GPU holds 7.85B
+parameters: 88 GiB of fp32 weights, fp32 gradients and two bf16 moments, and with `remat="v3"` the
+activations of 3 sequences. `dsv3 plan --topology=h200:2` says 124 GiB, of the 132 that JAX takes; 4 sequences
+come to 136. The published recipe and what differs from it are in `v2_lite.py`.
 """
 
 from dsv3_jax.config import config_dict
@@ -48,7 +48,7 @@ def get_config():
         train=dict(
             steps=1000,
             seq_len=4096,
-            batch_size=8,
+            batch_size=6,
             precision="bf16",
             remat="v3",
             loss_chunk=512,
@@ -57,5 +57,5 @@ def get_config():
             eval_batches=4,
         ),
         checkpoint=dict(every=0),
-        mesh=dict(data=1, expert=2, sharding="zero1"),
+        mesh=dict(data=1, expert=2, sharding="fsdp"),
     )

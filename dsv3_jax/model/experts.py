@@ -107,8 +107,7 @@ def _in_rounds_fwd(x, gates, gate_up, down, indices, settings: _Settings):
     when, route = _routes(indices, gate_up.shape[0], settings)
     operands = (x, gates, gate_up, down)
     y, back = jax.vjp(functools.partial(_one, route(0), settings), *operands)
-    if when is not None:
-        y = _further(when, y, lambda number: _one(route(number), settings, *operands))
+    y = _further(when, y, lambda number: _one(route(number), settings, *operands))
     return y, (back, operands if when is not None else None, indices)
 
 
@@ -128,27 +127,30 @@ def _in_rounds_bwd(settings: _Settings, saved, dy):
 _in_rounds.defvjp(_in_rounds_fwd, _in_rounds_bwd)
 
 
-def _one(to: Exchange, settings: _Settings, *operands: Array) -> Array:
-    return _along(to, *operands, settings.implementation, settings.recipe)
+def _one(to: Exchange, settings: _Settings, x: Array, gates: Array, gate_up: Array, down: Array) -> Array:
+    return _along(to, x, gates, gate_up, down, settings.implementation, settings.recipe)
 
 
 def _routes(indices, experts_here: int, settings: _Settings) -> tuple[Rounds | None, Callable[..., Exchange]]:
     """(when tokens travel, None if one round always does; the route of a round by its number)."""
     wire, n_experts = settings.wire, experts_here * settings.wire.ranks
-    room = capacity(*indices.shape, n_experts, wire, settings.groups)
+    tokens, top_k = indices.shape
+    room = capacity(tokens, top_k, n_experts, wire, settings.groups)
     when = rounds(indices, n_experts, wire, room)
     route = functools.partial(exchange, indices, n_experts, wire, room, when)
     return (when if room.rounds > 1 else None), route
 
 
-def _further(when: Rounds, first: Any, one: Callable[..., Any]) -> Any:
+def _further(when: Rounds | None, first: Any, one: Callable[..., Any]) -> Any:
     """`first` plus what the rounds after the first one give; mostly there are none."""
+    if when is None:
+        return first
 
     def body(state):
         number, total = state
         return number + 1, jax.tree.map(jnp.add, total, one(number))
 
-    return jax.lax.while_loop(lambda state: state[0] < when.count, body, (jnp.int32(1), first))[1]
+    return jax.lax.while_loop(lambda state: state[0] < when.needed, body, (jnp.int32(1), first))[1]
 
 
 def routed_experts(

@@ -76,7 +76,7 @@ class Rounds(NamedTuple):
     """When each token goes to each rank."""
 
     number: Int[Array, "tokens ranks"]  # -1: none of its experts is there.
-    count: Int[Array, ""]  # Rounds that the whole axis needs.
+    needed: Int[Array, ""]  # Rounds that the whole axis needs.
 
 
 def rounds(indices: Int[Array, "tokens top_k"], n_experts: int, wire: Wire, room: Capacity) -> Rounds:

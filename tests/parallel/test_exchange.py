@@ -130,7 +130,7 @@ def routes(slack):
         forward, back = jnp.vdot(rows, y), jnp.vdot(x, to.collect(y))
         sums = jax.lax.psum(jnp.stack([forward, back]), "expert")
         where = to.token.reshape(1, RANKS, -1)
-        return when.number, when.count[None], where, to.send(x)[None], to.group_sizes, sums[None]
+        return when.number, when.needed[None], where, to.send(x)[None], to.group_sizes, sums[None]
 
     mesh = make_mesh(MeshConfig(data=1, expert=RANKS))
     each, everywhere = P("expert"), P()
