@@ -1,4 +1,4 @@
-"""Decoding attention for Hopper: what is written on the registers of a thread, for `mosaic_gpu_few_rows`.
+"""Decoding attention for Hopper: what is written on the registers of a thread, for few rows.
 
 Of a product's `[64, 16]` result thread t of a warpgroup holds, with w = t / 32, i = (t % 32) / 4 and
 j = t % 4, rows 16 w + i and 16 w + i + 8, in columns 2 j and 2 j + 1 of every 8. Operands in registers lie
