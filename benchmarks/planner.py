@@ -40,20 +40,38 @@ class Case(NamedTuple):
 
 CASES = (
     Case("tiny", "configs/tiny.py", "v5p:1x1x1"),
-    Case("proxy_300m", "configs/proxy_300m.py", "v6e:2x2", ("mesh.data=4",)),
+    Case(
+        "tiny_dense",
+        "configs/tiny.py",
+        "v5e:2x4",
+        (
+            "mesh.data=8",
+            "mesh.sharding=zero1",
+            "model.moe.n_dense_layers=3",
+            "model.mtp.depth=0",
+            "train.precision=bf16",
+            "train.seq_len=1024",
+            "train.batch_size=64",
+            "train.loss_chunk=256",
+        ),
+    ),
+    Case(
+        "tiny_experts",
+        "configs/tiny.py",
+        "v6e:2x2",
+        (
+            "mesh.data=2",
+            "mesh.expert=2",
+            "mesh.sharding=fsdp",
+            "model.mtp.depth=0",
+            "train.precision=bf16",
+            "train.remat=v3",
+            "train.seq_len=1024",
+            "train.batch_size=32",
+        ),
+    ),
     Case("small_gpu", "configs/small_gpu.py", "v5p:2x2x1", ("mesh.data=4", "mesh.sharding=fsdp")),
-    Case(
-        "llm_7b",
-        "configs/llm_7b.py",
-        "v6e:4x4",
-        ("train.batch_size=32", "train.micro_batch_size=16"),
-    ),
-    Case(
-        "llm_67b",
-        "configs/llm_67b.py",
-        "v5p:4x4x4",
-        ("train.batch_size=64", "train.micro_batch_size=64"),
-    ),
+    Case("llm_7b", "configs/llm_7b.py", "v6e:4x4", ("train.batch_size=32", "train.micro_batch_size=16")),
     Case("v3_671b", "configs/v3_671b.py", "v5p:8x8x16"),
 )
 
