@@ -1,17 +1,17 @@
 """Trains a model: `python train.py --config=configs/tiny.py --workdir=runs/tiny [--config.train.steps=N]`.
 
 The same command continues a run that was interrupted; SIGTERM and Ctrl-C finish the step under way and save.
-Exit codes: 0 done, or stopped by SIGTERM; 130 stopped by Ctrl-C; 2 a configuration or data that cannot run;
-3 a run that diverged, or that cannot be resumed or saved.
+On several hosts every process runs the same command (docs/clusters.md).
+Exit codes: 0 done, or stopped by SIGTERM (a job of several processes: 143); 130 stopped by Ctrl-C; 2 a
+configuration or data that cannot run; 3 a run that diverged, or that cannot be resumed or saved; 4 another
+process of the job was lost.
 """
 
 import argparse
 import dataclasses
 import importlib.util
-import json
 import logging
 import os
-import signal
 import sys
 import time
 from pathlib import Path
@@ -26,22 +26,27 @@ if TYPE_CHECKING:
 def parse(argv) -> tuple["Config", Path]:
     """(Config, workdir), from the command line; prints every problem and exits with 2 if there is one."""
     from dsv3_jax.config_checks import ConfigError, Problem, override, typed
+    from dsv3_jax.parallel.distributed import StartError
+    from dsv3_jax.parallel.launchers import FLAGS, find_place
 
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0], allow_abbrev=False)
     parser.add_argument("--config", default="configs/tiny.py", help="a file with get_config()")
     parser.add_argument("--workdir", default="runs/default", help="where checkpoints and results go")
+    for flag, meaning in FLAGS.items():
+        parser.add_argument(flag, dest=flag, help=f"of a job of several processes: {meaning}")
     arguments, rest = parser.parse_known_args(_joined(argv))
     problems = [Problem(item, "", "expected --config.FIELD=VALUE") for item in rest if not _is_override(item)]
     try:
         tree = load_config_file(arguments.config)
         problems += override(tree, (item.removeprefix("--config.") for item in rest if _is_override(item)))
         workdir = Path(arguments.workdir)
-        return typed(tree, problems, lambda config: surroundings(config, workdir)), workdir
-    except ConfigError as error:
+        place = find_place({flag: getattr(arguments, flag) for flag in FLAGS}, os.environ)
+        return typed(tree, problems, lambda config: surroundings(config, workdir, place)), workdir
+    except (ConfigError, StartError) as error:
         refuse(error)
 
 
-def surroundings(config, workdir):
+def surroundings(config, workdir, place):
     """What of a configuration does not fit this machine, its files or the data."""
     # JAX takes three quarters of a GPU by default; a model that nearly fills it needs more.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.94")
@@ -49,7 +54,9 @@ def surroundings(config, workdir):
 
     from dsv3_jax import compilation_cache, data
     from dsv3_jax.config_checks import Problem, check_machine
+    from dsv3_jax.parallel import distributed
 
+    distributed.start(place)
     compilation_cache.use(Path.home() / ".cache" / "dsv3_jax" / "xla")
     found = data.check(config.data, config.model.vocab_size, config.train.seq_len)
     if config.train.init_from:
@@ -93,36 +100,17 @@ def load_config_file(path):
     return module.get_config()
 
 
-def refuse(error, code=2) -> NoReturn:
-    """Prints an error without a traceback and exits."""
-    print(error, file=sys.stderr)
+def refuse(error, code=2, everywhere=False) -> NoReturn:
+    """Prints an error without a traceback and exits; one that is `everywhere` is printed by process 0."""
+    from dsv3_jax.parallel import distributed
+
+    if not everywhere or distributed.is_first():
+        print(f"{distributed.who()}{error}", file=sys.stderr)
+    distributed.leave(code)
     raise SystemExit(code)
 
 
 # ------------------------------------------------------------------------------------------- the run
-
-
-class Stop:
-    """What SIGTERM and Ctrl-C ask for. Before training there is nothing to save, and they end the process.
-
-    Attributes:
-      training: whether there is something to save; a second Ctrl-C does not wait for it.
-      code: the exit code of a run that was asked to stop, else None.
-    """
-
-    def __init__(self):
-        self.training, self.code = False, None
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._ask)
-
-    def _ask(self, number, _):
-        impatient = number == signal.SIGINT and self.code is not None
-        self.code = 130 if number == signal.SIGINT else 0
-        # Written to the descriptor: the signal may have come while the stream was being written.
-        if impatient or not self.training:
-            os.write(2, b"\nstopped; the same command continues from the last checkpoint\n")
-            os._exit(self.code)
-        os.write(2, b"\nstopping after this step; Ctrl-C again stops at once, without saving\n")
 
 
 def train(config, workdir, stop):
@@ -131,11 +119,12 @@ def train(config, workdir, stop):
 
     from dsv3_jax.checkpoint.manager import CheckpointError, Checkpoints
     from dsv3_jax.data import DataError, Loader
+    from dsv3_jax.parallel import distributed
     from dsv3_jax.parallel.mesh import make_mesh
     from dsv3_jax.training import ema, loop, schedules
     from dsv3_jax.training.guard import Guard, TrainingDiverged
     from dsv3_jax.training.initial import first_state
-    from dsv3_jax.training.report import Report
+    from dsv3_jax.training.report import NoReport, Report, write_json
     from dsv3_jax.training.state import abstract_state, parameter_count, shardings
     from dsv3_jax.training.step import make_train_step
 
@@ -143,11 +132,11 @@ def train(config, workdir, stop):
     check_kernels(config)
     mesh = make_mesh(config.mesh)
     devices = list(mesh.devices.flat)
-    process = dict(process_index=jax.process_index(), process_count=jax.process_count())
+    share = loop.data_share(mesh)
     seq_len, every = config.train.seq_len, config.checkpoint.every
-    loader = Loader(config.data, split="train", seq_len=seq_len, seed=config.train.seed, **process)
-    train_step = make_train_step(config, mesh)
-    evaluate = loop.make_evaluation(config, mesh, process)
+    loader = Loader(config.data, split="train", seq_len=seq_len, seed=config.train.seed, **share)
+    train_step = distributed.together(make_train_step(config, mesh))
+    evaluate = loop.make_evaluation(config, mesh, share)
     abstract = {"train": abstract_state(config, mesh)}
     on_device = shardings(abstract["train"].params)
     layout = ema.shardings(on_device, config.train.ema_memory)
@@ -160,7 +149,7 @@ def train(config, workdir, stop):
         )
 
     # 2. Where the run stands: its newest sound checkpoint, or the first state.
-    workdir.mkdir(parents=True, exist_ok=True)
+    distributed.share_folder(workdir)
     checkpoints = Checkpoints(workdir / "checkpoints", config)
     guard = Guard(config.train)
     step = tokens = 0
@@ -169,7 +158,7 @@ def train(config, workdir, stop):
         if restored is not None:
             loader.set_state(restored.extras["data"])
     except (CheckpointError, DataError) as error:
-        refuse(f"This run cannot be resumed. {error}", 3)
+        refuse(f"This run cannot be resumed. {error}", 3, everywhere=True)
     if restored is not None:
         step, state, tokens = restored.step, restored.state, restored.extras["tokens"]
         guard.restore(restored.extras["guard"])
@@ -177,10 +166,13 @@ def train(config, workdir, stop):
         state = {"train": first_state(config, mesh)}
         if config.train.ema_decay:
             state["ema"] = ema.init(state["train"].params, layout)
-    write_json(workdir / "config.json", dataclasses.asdict(config))
-    report = Report(workdir, config.train.steps, resumed_step=step)
+    report = NoReport()
+    if distributed.is_first():
+        write_json(workdir / "config.json", dataclasses.asdict(config))
+        report = Report(workdir, config.train.steps, resumed_step=step)
     size = parameter_count(state["train"].params) / 1e6
-    report.note(f"{size:.1f}M parameters on {len(devices)} x {devices[0].device_kind}")
+    processes = f" of {distributed.count()} processes" if distributed.count() > 1 else ""
+    report.note(f"{size:.1f}M parameters on {len(devices)} x {devices[0].device_kind}{processes}")
     if step:
         report.note(f"resumed at step {step}")
     elif report.dropped:
@@ -201,7 +193,8 @@ def train(config, workdir, stop):
                 report.note(message)
         finally:  # The step that ends a run is on record too.
             every = config.train.log_every
-            if validation or not finite or number % every == 0 or number in (1, config.train.steps):
+            due = validation or not finite or number % every == 0 or number in (1, config.train.steps)
+            if due and distributed.is_first():
                 log(number, seen, metrics, rates, validation or {})
 
     def log(number, seen, metrics, rates, validation):
@@ -227,7 +220,7 @@ def train(config, workdir, stop):
                 look(*pending)
             pending = (step, tokens, metrics, rates, first, first + sequences)
 
-            stopping = stop.code is not None  # Read once: the step after which it is seen is saved.
+            stopping = stop.agreed(mesh) is not None  # Once: the step after which it is seen is saved.
             last = step == config.train.steps
             validation = {}
             if last or config.train.eval_every and step % config.train.eval_every == 0:
@@ -251,19 +244,22 @@ def train(config, workdir, stop):
     except TrainingDiverged as error:
         report.close()
         checkpoints.close()
-        refuse(error, 3)
+        refuse(error, 3, everywhere=True)
     checkpoints.close()
     stop.training = False
 
     # 4. What the run leaves behind.
     if step >= config.train.steps:
         validation = validation or {"validation_loss": evaluate(state["train"].params, state["train"].router)}
-        loop.finish(config, state["train"], validation["validation_loss"], workdir, report, loader.tokenizer)
+        if distributed.is_first():
+            found = validation["validation_loss"]
+            loop.finish(config, state["train"], found, workdir, report, loader.tokenizer)
     else:
         saved = "saved; the same command continues" if every else "nothing saved, as checkpoint.every = 0"
         report.note(f"stopped on request after step {step}: {saved}")
     report.close()
     loader.close()
+    distributed.finish()
     return stop.code if step < config.train.steps else 0
 
 
@@ -287,14 +283,9 @@ def check_kernels(config):
         refuse(error, 3)
 
 
-def write_json(path, value):
-    """Writes a file whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1))
-    os.replace(temporary, path)
-
-
 def main(argv=None):
+    from dsv3_jax.training.stop import Stop
+
     stop = Stop()
     from dsv3_jax.training.host_memory import keep_freed_memory
 
@@ -306,13 +297,20 @@ def main(argv=None):
     from dsv3_jax.checkpoint import CheckpointError
     from dsv3_jax.config_checks import ConfigError, Problem
     from dsv3_jax.data import DataError
+    from dsv3_jax.parallel import distributed
 
     try:
         return train(config, workdir, stop)
     except DataError as error:
         refuse(ConfigError([Problem(*error.problem)]))
+    except ConfigError as error:
+        refuse(error)
     except (CheckpointError, OSError) as error:  # A full disk, for one.
+        distributed.await_loss(error)
         refuse(error, 3)
+    except Exception as error:
+        distributed.give_up(error)
+        raise
 
 
 if __name__ == "__main__":

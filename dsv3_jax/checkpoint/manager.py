@@ -8,6 +8,9 @@ temporary directory and committed by a rename, so a kill at any moment leaves th
     <step>                        committed, with a digest of every file (see `integrity`)
     trash/<step>                  no longer kept; renamed first, then deleted
     <step>.damaged                found damaged and moved aside; never deleted
+
+Several processes write and read one directory, which they share: each its own arrays. Process 0 alone
+verifies, digests, commits, tidies up, and decides what all restore.
 """
 
 import contextlib
@@ -24,6 +27,7 @@ from typing import Any, NamedTuple
 
 from dsv3_jax.checkpoint import failures, integrity
 from dsv3_jax.config import Config
+from dsv3_jax.parallel import distributed
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +53,8 @@ class Restored(NamedTuple):
 
 class Checkpoints:
     """The checkpoints of one run. Orbax is imported when there is one to read or write.
+
+    Of a job of several processes, all call every method, in the same order.
 
     Args:
       directory: where they are; made by the first save.
@@ -87,10 +93,10 @@ class Checkpoints:
 
         manager = self._manager()
         manager.wait_until_finished()
-        if step in self._steps():
+        self._saving = step
+        if distributed.from_first(lambda: step in self._steps()):
             return
         self._empty_trash()
-        self._saving = step
         # The background thread writes it: a copy, which the caller cannot change.
         host = json.loads(json.dumps({"extras": dict(extras), "config": dataclasses.asdict(self._config)}))
         manager.save(
@@ -119,7 +125,7 @@ class Checkpoints:
             is not that of the config.
         """
         self.wait()
-        step = self._newest_sound_step()
+        step = distributed.from_first(self._newest_sound_step, CheckpointError)
         if step is None:
             return None
         import orbax.checkpoint as ocp
@@ -148,7 +154,8 @@ class Checkpoints:
         self._orbax = None
         if self._sweeper is not None:
             self._sweeper.join()
-        shutil.rmtree(self._directory / TRASH, ignore_errors=True)
+        if distributed.is_first():
+            shutil.rmtree(self._directory / TRASH, ignore_errors=True)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -169,13 +176,7 @@ class Checkpoints:
         from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
         failures.silence()
-        self._directory.mkdir(parents=True, exist_ok=True)
-        for path in self._directory.iterdir():
-            if path.name == TRASH or TEMPORARY in path.name:
-                shutil.rmtree(path)
-        # The manager reads the small files of every checkpoint and would fail on a damaged one.
-        for step in self._steps():
-            self._move_aside_if_damaged(step, quick=True)
+        distributed.from_first(self._tidy_up)
         keep = self._config.checkpoint
         best = policies.BestN(
             get_metric_fn=_loss, reverse=True, n=keep.keep_best, keep_checkpoints_without_metrics=False
@@ -194,11 +195,23 @@ class Checkpoints:
         )
         return self._orbax
 
+    def _tidy_up(self) -> None:
+        self._directory.mkdir(parents=True, exist_ok=True)
+        for path in self._directory.iterdir():
+            if path.name == TRASH or TEMPORARY in path.name:
+                shutil.rmtree(path)
+        # The manager reads the small files of every checkpoint and would fail on a damaged one.
+        for step in self._steps():
+            self._move_aside_if_damaged(step, quick=True)
+
     def _write_digest(self) -> None:
+        """Called by process 0, when all have written their arrays."""
         integrity.write_digest(self._directory / f"{self._saving}{TEMPORARY}")
 
     def _empty_trash(self) -> None:
         """Deletes in the background what Orbax has renamed into the trash."""
+        if not distributed.is_first():
+            return
         if self._sweeper is not None:
             self._sweeper.join()
         trash = self._directory / TRASH

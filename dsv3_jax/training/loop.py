@@ -11,9 +11,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dsv3_jax.config import Config
+from dsv3_jax.config_checks import ConfigError, Problem
 from dsv3_jax.data import Loader, Tokenizer, bigram_cross_entropy
+from dsv3_jax.parallel import distributed
 from dsv3_jax.training import plots, schedules
-from dsv3_jax.training.report import METRICS_FILE, Report, read_metrics
+from dsv3_jax.training.report import METRICS_FILE, NoReport, Report, read_metrics
 from dsv3_jax.training.sample import sample_text
 from dsv3_jax.training.state import TrainState, make_model
 from dsv3_jax.training.step import Metrics, Schedules, batch_sharding, make_eval_step
@@ -23,6 +25,30 @@ from dsv3_jax.training.throughput import flops_per_token, peak_flops
 def micro_batch_size(config: Config) -> int:
     """Sequences in one forward pass, over all devices."""
     return config.train.micro_batch_size or config.train.batch_size
+
+
+def data_share(mesh: Mesh) -> dict[str, int]:
+    """Which part of every batch this process reads, as the `process_index` and `process_count` of a `Loader`.
+
+    Processes whose devices hold the same rows, as pipeline stages do, read the same.
+
+    Raises:
+      ConfigError: the mesh leaves processes without devices, or gives some more of the batch than others.
+    """
+    whole = (1, mesh.size, 1)
+    rows: dict[int, set[int]] = {}
+    for device, (_, span, _) in batch_sharding(mesh).devices_indices_map(whole).items():
+        rows.setdefault(device.process_index, set()).update(range(*span.indices(mesh.size)))
+    shares = sorted({tuple(sorted(mine)) for mine in rows.values()})
+    even = len({len(share) for share in shares}) == 1 and sum(map(len, shares)) == mesh.size
+    if not even or len(rows) < jax.process_count():
+        fix = (
+            f"does not give each of {jax.process_count()} processes, with {jax.device_count()} devices in "
+            "all, an equal part of the batch; for example data=-1, expert=1"
+        )
+        raise ConfigError([Problem("mesh", dict(mesh.shape), fix)])
+    mine = tuple(sorted(rows[jax.process_index()]))
+    return {"process_index": shares.index(mine), "process_count": len(shares)}
 
 
 def put_batch(
@@ -65,7 +91,7 @@ def make_evaluation(
     The same sequences every time. The data is opened and the step compiled by the first call.
     """
     micro = micro_batch_size(config)
-    step = make_eval_step(config, mesh)
+    step = distributed.together(make_eval_step(config, mesh))
     loaders: list[Loader] = []
 
     def evaluate(params: Any, router: Any) -> tuple[float, np.ndarray]:
@@ -128,12 +154,21 @@ def row_names(config: Config) -> list[str]:
     return names + ([f"MTP {k}" for k in range(1, model.mtp.depth + 1)] if names else [])
 
 
+def _held_here(tree: Any) -> Any:
+    """The tree as arrays of this process alone, None if it holds only parts of some."""
+    leaves, structure = jax.tree.flatten(tree)
+    if not all(leaf.is_fully_addressable or leaf.is_fully_replicated for leaf in leaves):
+        return None
+    here = [leaf if leaf.is_fully_addressable else leaf.addressable_data(0) for leaf in leaves]
+    return jax.tree.unflatten(structure, here)
+
+
 def finish(
     config: Config,
     state: TrainState,
     validation: tuple[float, np.ndarray],
     workdir: Path,
-    report: Report,
+    report: Report | NoReport,
     tokenizer: Tokenizer,
 ) -> None:
     """The end of a run: loss curve and expert loads as PNG, the bigram's loss beside ours, a text sample."""
@@ -149,8 +184,10 @@ def finish(
     if len(counts):
         plots.expert_load(counts, workdir / "expert_load.png", row_names(config)[: len(counts)])
         written.append("expert_load.png")
-    if config.train.sample_tokens:
-        variables = {"params": state.params, "router": state.router}
+    variables = _held_here({"params": state.params, "router": state.router})
+    if config.train.sample_tokens and variables is None:
+        report.note("no text sample: this process holds a part of the model; `dsv3 generate` reads all of it")
+    elif config.train.sample_tokens:
         wanted = (config.train.sample_prompt, config.train.sample_tokens)
         text = sample_text(make_model(config), variables, tokenizer, *wanted, seed=config.train.seed)
         (workdir / "sample.txt").write_text(text, encoding="utf-8")

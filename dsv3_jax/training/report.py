@@ -16,6 +16,21 @@ METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_DIR = "tensorboard"
 
 
+class NoReport:
+    """The report of a process that shows nothing: of several, all but the first."""
+
+    dropped = 0
+
+    def log(self, metrics: Mapping[str, Any]) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 class Report:
     """Everything that a run shows, behind one `log`.
 
@@ -57,6 +72,13 @@ class Report:
         self._metrics.close()
         self._events.close()
         self._progress.close()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a file whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=1))
+    os.replace(temporary, path)
 
 
 class MetricsLog:
