@@ -1,17 +1,13 @@
-"""Checkpoints through saves, damage, other meshes, and SIGKILL at random and at chosen moments."""
+"""Checkpoints through saves, damage and other meshes."""
 
 import json
 import logging
 import os
-import random
 import shutil
-import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,37 +15,13 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from dsv3_jax.checkpoint import CheckpointError, Checkpoints, integrity, manager
+from dsv3_jax.checkpoint import CheckpointError, Checkpoints, integrity
 from dsv3_jax.config import CheckpointConfig, Config, ModelConfig, OptimizerConfig
+from tests.checkpoint.states import State, abstract, assert_same, kept, make_state
 
 ROOT = Path(__file__).parents[2]
 # Of processes started here, which do not inherit pytest's import path.
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-
-
-class State(NamedTuple):
-    params: dict
-    router: dict
-    count: jax.Array
-
-
-def make_state(step: int) -> State:
-    """A state whose every value says which step it is of."""
-    w = np.random.default_rng(step).standard_normal((300, 100)).astype(np.float32)
-    params = {"embed": {"embedding": jnp.asarray(w)}, "norm": {"scale": jnp.full((7,), step, jnp.bfloat16)}}
-    return State(params, {}, jnp.int32(step))
-
-
-def abstract(state):
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-
-
-def assert_same(a, b):
-    """Equal structure, dtypes and bits."""
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        assert x.dtype == y.dtype
-        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
 
 
 def fill(directory, steps, config=None, losses=None):
@@ -59,10 +31,6 @@ def fill(directory, steps, config=None, losses=None):
         metrics = {} if losses is None else {"validation_loss": losses[i]}
         checkpoints.save(step, make_state(step), {"data": {"at": 10**13 + step}}, metrics)
     checkpoints.close()
-
-
-def kept(directory):
-    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())
 
 
 def test_comes_back_bit_for_bit_though_the_caller_donates_at_once(tmp_path):
@@ -259,9 +227,6 @@ def test_host_memory_is_restored_to_host_memory(tmp_path):
     assert set(jax.tree.leaves(kinds["params"])) == {"device"}
 
 
-# What follows runs in other processes: `python test_manager.py meshes DIR`, and a server that forks savers.
-
-
 def on_mesh(state: State, shape: tuple[int, int]):
     """The state over the first devices as a mesh data x expert: embeddings split both ways."""
     mesh = Mesh(np.asarray(jax.devices()[: shape[0] * shape[1]]).reshape(shape), ("data", "expert"))
@@ -271,6 +236,7 @@ def on_mesh(state: State, shape: tuple[int, int]):
 
 
 def run_meshes(directory: str) -> None:
+    """In a process of its own."""
     assert len(jax.devices()) == 4
     with_four = on_mesh(make_state(1), (2, 2))
     checkpoints = Checkpoints(directory, Config())
@@ -285,171 +251,11 @@ def run_meshes(directory: str) -> None:
 
 def test_restores_under_another_mesh_and_on_fewer_devices(tmp_path):
     environment = ENVIRONMENT | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    subprocess.run([sys.executable, __file__, "meshes", tmp_path], check=True, env=environment)
+    subprocess.run([sys.executable, __file__, str(tmp_path)], check=True, env=environment)
     # And in this process, on one device.
     restored = Checkpoints(tmp_path, Config()).restore_latest(abstract(make_state(0)))
     assert_same(restored.state, make_state(1))
 
 
-DEATH_STEP = 3
-
-
-def die(*_, **__) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def half_delete_and_die(path, *_, **__) -> None:
-    next(p for p in Path(path).rglob("*") if p.is_file()).unlink()
-    die()
-
-
-def arrange_death(moment: str) -> None:
-    """Makes this process kill itself at a chosen moment of the next save."""
-    from orbax.checkpoint.path import deleter
-
-    write, delete = integrity.write_digest, deleter.StandardCheckpointDeleter.delete
-    moments = {
-        "before the digest": (integrity, "write_digest", die),
-        "between digest and commit": (integrity, "write_digest", lambda path: (write(path), die())),
-        "after the commit": (deleter.StandardCheckpointDeleter, "delete", die),
-        "after moving to the trash": (
-            deleter.StandardCheckpointDeleter,
-            "delete",
-            lambda self, step: (delete(self, step), die()),
-        ),
-        "while emptying the trash": (manager.shutil, "rmtree", half_delete_and_die),
-    }
-    setattr(*moments[moment])
-
-
-def run_saver(directory: str, moment: str) -> None:
-    """Resumes and saves without end, keeping a journal of what it began and what it knows committed."""
-    journal = os.open(f"{directory}/journal", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    checkpoints = Checkpoints(
-        Path(directory) / "c", Config(checkpoint=CheckpointConfig(keep_last=1, keep_best=1))
-    )
-    restored = checkpoints.restore_latest(abstract(make_state(0)))
-    first = restored.step if restored else 0
-    for step in range(first + 1, first + 200):
-        if step == DEATH_STEP and moment:
-            arrange_death(moment)
-        os.write(journal, f"begin {step}\n".encode())
-        # Losses go up and down, so that the best is often not the newest.
-        checkpoints.save(step, make_state(step), {"at": step}, {"validation_loss": step % 5})
-        if step % 3 != 0:
-            checkpoints.wait()
-            os.write(journal, f"committed {step}\n".encode())
-
-
-def run_server() -> None:
-    """Forks a saver a line of input, so that each does not pay for the imports."""
-    import orbax.checkpoint  # noqa: F401
-
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # Children are reaped by the kernel.
-    for line in sys.stdin:
-        directory, _, moment = line.strip().partition("\t")
-        pid = os.fork()
-        if pid == 0:
-            run_saver(directory, moment)
-            os._exit(1)
-        print(pid, flush=True)
-
-
-@pytest.fixture(scope="module")
-def server():
-    process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", __file__, "server"],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        env=ENVIRONMENT,
-    )  # fmt: skip
-
-    def start(directory, moment="") -> int:
-        process.stdin.write(f"{directory}\t{moment}\n")
-        process.stdin.flush()
-        return int(process.stdout.readline())
-
-    yield start
-    process.stdin.close()
-    process.stdout.close()
-    process.wait()
-
-
-def wait_until(condition, seconds=60.0):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.002)
-
-
-def gone(pid) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    return False
-
-
-def read_journal(directory, word):
-    path = directory / "journal"
-    text = path.read_text() if path.exists() else ""
-    return [int(line.split()[1]) for line in text.splitlines() if line.startswith(word)]
-
-
-def check_usable(directory) -> int:
-    """The newest checkpoint is sound, whole, and no older than what was known to be committed."""
-    restored = Checkpoints(directory / "c", Config()).restore_latest(abstract(make_state(0)))
-    committed, began = read_journal(directory, "committed"), read_journal(directory, "begin")
-    if restored is None:
-        assert not committed
-        return 0
-    assert max(committed, default=0) <= restored.step <= max(began)
-    assert restored.extras == {"at": restored.step}
-    assert_same(restored.state, make_state(restored.step))
-    assert not list((directory / "c").glob("*.damaged"))
-    # The kept ones are sound too.
-    assert all(integrity.problems(directory / "c" / str(step)) == [] for step in kept(directory / "c"))
-    return restored.step
-
-
-def test_sigkill_at_random_moments_leaves_a_usable_latest(tmp_path, server):
-    chance, steps = random.Random(0), []
-    for _ in range(6):
-        already = len(read_journal(tmp_path, "begin"))
-        pid = server(tmp_path)
-        wait_until(lambda n=already: len(read_journal(tmp_path, "begin")) > n)
-        time.sleep(chance.uniform(0.0, 0.5))
-        os.kill(pid, signal.SIGKILL)
-        wait_until(lambda pid=pid: gone(pid))
-        steps.append(check_usable(tmp_path))
-    assert steps == sorted(steps) and steps[-1] > 0
-
-
-@pytest.mark.parametrize(
-    ("moment", "committed"),
-    [
-        ("before the digest", False),
-        ("between digest and commit", False),
-        ("after the commit", True),
-        ("after moving to the trash", True),
-        ("while emptying the trash", True),
-    ],
-)
-def test_sigkill_at_chosen_moments_leaves_a_usable_latest(tmp_path, server, moment, committed):
-    pid = server(tmp_path, moment)
-    wait_until(lambda: gone(pid))
-    latest = check_usable(tmp_path)
-    # The trash is emptied beside the save, which may then finish or not.
-    expected = {"while emptying the trash": (DEATH_STEP - 1, DEATH_STEP)}
-    assert latest in expected.get(moment, (DEATH_STEP if committed else DEATH_STEP - 1,))
-    # The next run tidies up and goes on.
-    checkpoints = Checkpoints(tmp_path / "c", Config())
-    checkpoints.save(latest + 1, make_state(latest + 1), {})
-    checkpoints.close()
-    assert all(path.name.isdigit() for path in (tmp_path / "c").iterdir())
-
-
 if __name__ == "__main__":
-    if sys.argv[1] == "meshes":
-        run_meshes(sys.argv[2])
-    else:
-        run_server()
+    run_meshes(sys.argv[1])
