@@ -1,5 +1,7 @@
 """`grouped_matmul` against float64 numpy, its schedule, and the lowering of its GPU kernels."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import jaxtyping
@@ -56,6 +58,23 @@ def test_forward_and_gradients(implementation, transpose):
     np.testing.assert_allclose(dx, _forward64(dout, w.swapaxes(1, 2)), atol=2e-5)
     np.testing.assert_allclose(drhs, dw.swapaxes(1, 2) if transpose else dw, atol=2e-5)
     assert np.all(np.asarray(out)[sum(SIZES) :] == 0)
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+def test_groups_of_a_few_rows(transpose):
+    """One batched product while no group has more than 8 rows; else, and past the sum, as ever."""
+    rng = np.random.default_rng(1)
+    x, w = rng.standard_normal((18, 24)), rng.standard_normal((7, 24, 10))
+    rhs = jnp.asarray(w.swapaxes(1, 2) if transpose else w, jnp.float32)
+    product = functools.partial(grouped_matmul, transpose_rhs=transpose, implementation="blocked")
+    run = jax.jit(product)
+    for sizes in ((3, 0, 1, 8, 0, 4, 0), (0, 0, 17, 0, 0, 0, 1), (0,) * 7):
+        rows = jnp.asarray(x, jnp.float32).at[sum(sizes) :].set(jnp.inf)
+        found = run(rows, rhs, jnp.asarray(sizes, jnp.int32))
+        group = np.repeat(np.arange(7), sizes)
+        expected = np.einsum("rk,rkn->rn", x[: len(group)], w[group])
+        np.testing.assert_allclose(found[: len(group)], expected, atol=2e-5)
+        assert np.all(np.asarray(found)[len(group) :] == 0)
 
 
 def test_blocked_keeps_infinities_in_their_group():
