@@ -89,9 +89,7 @@ def _run(
             f"{found.device_hours:>14,.0f} device-hours{found.dollars:>14,.0f} $"
         )
     if mfu is not None and mfu > bound.mfu:
-        lines.append(
-            f"  this mesh cannot reach {mfu:.1%}: {bound.limit} limits it; --search tries others"
-        )
+        lines.append(f"  this mesh cannot reach {mfu:.1%}: {bound.limit} limits it; --search tries others")
     if price == chip.price:
         lines.append(f"  prices: {PRICES_AS_OF}; --price sets another")
     return lines

@@ -131,7 +131,9 @@ def _kept(config: Config, expert: int, platform: str) -> float:
     seq, depth = config.train.seq_len, config.model.mtp.depth
     rng = jax.ShapeDtypeStruct((), jax.random.key(0).dtype)
     variables = meta.unbox(jax.eval_shape(lambda key: init_variables(model, key), rng))
-    shape = (expert, seq)  # A sequence a device.
+    # Two replicas at least: on several devices kernels run under `shard_map`, however many this machine has.
+    data = 2 if expert == 1 else 1
+    shape = (data * expert, seq)  # A sequence a device.
     ids, mask = jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.bool_)
     batch = dict.fromkeys(("tokens", "targets", "positions", "segment_ids"), ids) | {"loss_mask": mask}
 
@@ -145,14 +147,14 @@ def _kept(config: Config, expert: int, platform: str) -> float:
 
         return jax.vjp(loss, params)[1]
 
-    mesh = stand_in_mesh(1, expert, platform)
+    mesh = stand_in_mesh(data, expert, platform)
     with target_platform(platform), use_mesh(mesh, config.mesh):
         residuals = jax.eval_shape(kept, variables["params"], variables.get("router", {}), batch)
     # Parameters are kept too, and counted elsewhere; so is the head's gradient, which has its shape.
     parameters = {(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(variables["params"])}
     arrays = [leaf for leaf in jax.tree.leaves(residuals) if jnp.issubdtype(leaf.dtype, jnp.number)]
     return sum(
-        math.prod(leaf.shape) * leaf.dtype.itemsize / expert
+        math.prod(leaf.shape) * leaf.dtype.itemsize / (data * expert)
         for leaf in arrays
         if (leaf.shape, leaf.dtype) not in parameters
     )
