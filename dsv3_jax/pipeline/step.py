@@ -83,17 +83,17 @@ def gradients(
         if "moe_layers" in layers:
             early = layout.from_chunks(sums.body["counts"], ((),), layers["moe_layers"], BATCH)
             counts = jnp.concatenate([early, late])
-        return Found(grads, losses, balance, counts)
+        return grads, losses, balance, counts
 
     specs = jax.tree.map(lambda sharding: sharding.spec, shardings)
     mapped = jax.shard_map(
         on_device,
         mesh=mesh,
         in_specs=(specs, P(), P(None, BATCH), P()),
-        out_specs=Found(specs, P(), P(), P()),
+        out_specs=(specs, P(), P(), P()),
         check_vma=False,
     )
-    return mapped(variables["params"], variables.get("router", {}), batch, constants)
+    return Found(*mapped(variables["params"], variables.get("router", {}), batch, constants))
 
 
 def _layers_by_rank(config: Any, schedule: Schedule) -> dict[str, np.ndarray]:
