@@ -87,10 +87,9 @@ def compare(schedule, mesh, seed=0):
 # Every schedule, 2, 4 and 8 ranks, as many micro-batches as ranks to four times as many.
 CASES = [
     ("gpipe", 4, 4),
-    ("1f1b", 2, 6),
+    ("1f1b", 2, 8),
     ("1f1b", 8, 24),
     ("interleaved", 2, 8),
-    ("interleaved", 4, 4),
     ("zb1p", 4, 12),
     ("zb1p", 8, 8),
     ("dualpipe", 2, 8),
@@ -104,7 +103,7 @@ def test_equal_to_the_model_without_a_pipeline(name, ranks, count):
     compare(build(name, ranks, count), pipe(ranks))
 
 
-@settings(max_examples=3, derandomize=True, phases=[Phase.generate])  # Each example is a compilation.
+@settings(max_examples=2, derandomize=True, phases=[Phase.generate])  # Each example is a compilation.
 @given(
     st.sampled_from(["1f1b", "interleaved", "zb1p", "dualpipe", "dualpipev"]),
     st.integers(3, 7),

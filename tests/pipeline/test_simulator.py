@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv3_jax.pipeline import Durations, ScheduleError, build, simulate
-from dsv3_jax.pipeline.simulator import parameters, peak_activations
+from dsv3_jax.pipeline import Durations, ScheduleError, build, place, simulate
+from dsv3_jax.pipeline.simulator import parameters, peak_activations, simulate_in_step
 from tests.pipeline.test_schedules import schedules
 
 third = Fraction(1, 3)
@@ -161,3 +161,18 @@ def test_impossible_durations_are_refused(fields, message):
 def test_sizes_for_each_stage():
     with pytest.raises(ScheduleError, match="sizes has 2 numbers; 1f1b has 3 stages"):
         simulate(build("1f1b", 3, 3), Durations(), sizes=(1, 1))
+
+
+def test_ranks_that_step_together_wait_for_the_longest_cell_of_a_tick():
+    def step(name, ranks, count):
+        schedule = build(name, ranks, count)
+        return simulate(schedule, units).makespan, simulate_in_step(place(schedule), units).makespan
+
+    units = EXACT["equal"]
+    for name in ("gpipe", "zb1p"):  # All cells of a tick are equally long.
+        assert len(set(step(name, 4, 16))) == 1
+    # 1F1B: in nearly every tick some rank does B, and those that do F wait for it.
+    free, together = step("1f1b", 4, 16)
+    ticks = place(build("1f1b", 4, 16)).ticks
+    assert together == sum(2 if any(op.kind == "B" for cell in row for op in cell) else 1 for row in ticks)
+    assert together > free == 3 * (16 + 3)
