@@ -117,7 +117,7 @@ def test_the_harness_methods():
 def test_the_adapter_is_a_model_of_lm_eval(monkeypatch):
     """With the package's own base class where it is installed, and with one like it where not."""
     try:
-        from lm_eval.api.model import LM
+        from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]
     except ImportError:
         LM = type("LM", (), {})
         for name in ("lm_eval", "lm_eval.api", "lm_eval.api.model"):

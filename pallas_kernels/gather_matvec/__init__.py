@@ -15,7 +15,6 @@ from pallas_kernels.gather_matvec import mosaic_gpu, reference, sliced
 # Each module offers `product(lhs, rhs, indices)` and `unsupported` of the same arrays.
 _MODULES = {"reference": reference, "sliced": sliced, "mosaic_gpu": mosaic_gpu}
 IMPLEMENTATIONS = tuple(_MODULES)
-_PREFERENCE = {"cpu": ("sliced",), "gpu": ("mosaic_gpu", "reference"), "tpu": ("sliced",)}
 
 
 def gather_matvec(
@@ -48,6 +47,8 @@ def gather_matvec(
     constraints = {
         name: functools.partial(module.unsupported, lhs, rhs, indices) for name, module in _MODULES.items()
     }
-    chosen = implementations.choose("gather_matvec", implementation, constraints, _PREFERENCE)
+    ours = ("mosaic_gpu",) if implementations.on_one_device() else ()
+    preference = {"cpu": ("sliced",), "gpu": (*ours, "reference"), "tpu": ("sliced",)}
+    chosen = implementations.choose("gather_matvec", implementation, constraints, preference)
     with jax.named_scope(f"gather_matvec_{chosen}"):
         return _MODULES[chosen].product(lhs, rhs, indices)

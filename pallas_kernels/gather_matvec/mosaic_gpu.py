@@ -43,8 +43,6 @@ def unsupported(lhs, rhs, indices) -> str | None:
         return f"it runs on NVIDIA Hopper, not on {implementations.platform()}: take 'sliced'"
     if jax.default_backend() == "gpu" and jax.devices()[0].compute_capability != "9.0":
         return f"compute capability {jax.devices()[0].compute_capability}, it needs 9.0: take 'reference'"
-    if not implementations.on_one_device():
-        return "operands may be spread over several devices: take 'reference'"
     if not lhs.dtype == rhs.dtype == jnp.bfloat16:
         return f"lhs {lhs.dtype} and rhs {rhs.dtype}: cast both to bfloat16"
     k, n = rhs.shape[1:]
