@@ -30,6 +30,7 @@ import tempfile
 import time
 import traceback
 from pathlib import Path
+from typing import Any, cast
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.94")
@@ -115,9 +116,9 @@ def compiled(config, mesh):
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
         for name, dtype in (dtypes | {"loss_mask": jnp.bool_}).items()
     }
-    rates = Schedules(*(np.float32(x) for x in (1e-4, 1e-3, 0.3)))
+    rates = Schedules(*(jnp.float32(x) for x in (1e-4, 1e-3, 0.3)))
     start = time.perf_counter()
-    step = make_train_step(config, mesh)
+    step: Any = make_train_step(config, mesh)
     lowered = step.lower(abstract_state(config, mesh), batch, np.int32(shape[0]), rates)
     traced = time.perf_counter()
     return lowered.compile(), rates, {"trace": traced - start, "compile": time.perf_counter() - traced}
@@ -164,7 +165,7 @@ def run(name, config, mesh, step, rates, steps) -> dict:
 
     state, batch = random_state(config, mesh), random_batch(config, mesh)
     n_micro = np.int32(len(batch["tokens"]))
-    times, metrics = [], None
+    times, metrics = [], cast(Any, None)
     for _ in range(steps + 1):
         start = time.perf_counter()
         state, metrics = step(state, batch, n_micro, rates)
