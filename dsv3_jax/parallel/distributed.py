@@ -28,6 +28,8 @@ _NO_LIMIT_MS = 2**31 - 1
 # How a shared file system may lag behind.
 _SHARED_SECONDS = 60
 _lifeline: Lifeline | None = None
+# Of this process. Kept here, as a signal may ask for it while JAX is half imported.
+_index, _count = 0, 1
 _decisions = itertools.count()
 
 
@@ -45,7 +47,7 @@ def start(place: Place | None, seconds: int = 300) -> None:
     Raises:
       StartError: they did not come, or cannot be reached.
     """
-    global _lifeline
+    global _lifeline, _index, _count
     import jax
 
     # SIGTERM is ours: one process is asked, and all agree on the step (see `training.stop`).
@@ -66,6 +68,7 @@ def start(place: Place | None, seconds: int = 300) -> None:
                 cluster_detection_method="deactivate",
                 initialization_timeout=seconds,
             )
+        _index, _count = _state().process_id, _state().num_processes
         if count() > 1:
             address = _state().coordinator_address
             host = address.rsplit(":", 1)[0].strip("[]")
@@ -99,12 +102,12 @@ def _state() -> Any:
 
 def index() -> int:
     """Of this process in the job."""
-    return _state().process_id if "jax" in sys.modules else 0
+    return _index
 
 
 def count() -> int:
     """Processes in the job."""
-    return _state().num_processes if "jax" in sys.modules else 1
+    return _count
 
 
 def is_first() -> bool:
@@ -205,10 +208,11 @@ def leave(code: int) -> None:
 
     JAX's own end would wait for the others for minutes.
     """
-    if _lifeline is not None:
+    if count() > 1:
         sys.stdout.flush()
         sys.stderr.flush()
-        _lifeline.leave(code)
+        if _lifeline is not None:
+            _lifeline.leave(code)
         os._exit(code)
 
 
