@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 LONGEST = 1024  # Beyond it a strip's scores (rows x length, for every head) no longer stay small.
@@ -123,6 +124,13 @@ def _forward(q, k, v, k_rope, q_segments, kv_segments, scale, causal, rows):
     return (out, lse), (q, k, v, k_rope, q_segments, kv_segments, out, lse)
 
 
+def _plus(total, more):
+    """Adds to the first keys. Not `.at[].add`: its constant indices become inputs of a surrounding `shard_map`,
+    and the compiler of JAX 0.11.2 fails on a constant there."""
+    first = total[:, :, : more.shape[2]] + more
+    return lax.dynamic_update_slice(total, first, (0,) * total.ndim)
+
+
 def _backward(scale, causal, rows, saved, cotangents):
     q, k, v, k_rope, q_segments, kv_segments, out, lse = saved
     d_out, d_lse = cotangents
@@ -149,9 +157,9 @@ def _backward(scale, causal, rows, saved, cotangents):
         ds = (p * (dp - strip.of(delta)) * scale).astype(q.dtype)
         d_query.append(_dot("bhgqk,bhkd->bhgqd", ds, key[:, :, : strip.seen]))
         more = _dot("bhgqk,bhgqd->bhkd", ds, strip.of(query))
-        d_key = d_key.at[:, :, : strip.seen].add(more)
+        d_key = _plus(d_key, more)
         more = _dot("bhgqk,bhgqd->bhkd", p.astype(v.dtype), strip.of(d_rows))
-        d_value = d_value.at[:, :, : strip.seen].add(more)
+        d_value = _plus(d_value, more)
 
     dq = _heads_last(jnp.concatenate(d_query, 3)).astype(q.dtype)
     d_key = d_key.transpose(0, 2, 1, 3)
