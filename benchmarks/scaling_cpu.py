@@ -1,9 +1,11 @@
 """What a training step costs on CPU as experts grow and as layers grow.
 
-    PYTHONPATH=. python benchmarks/scaling_cpu.py [experts] [depth] [--rounds 5] [--out results.json]
+    PYTHONPATH=. python benchmarks/scaling_cpu.py [experts] [depth] [--tokens N] [--rounds 5] [--out FILE]
 
 experts: step time at 8, 64 and 256 experts with the same active parameters (top-2 of experts of one
-width), on 8192 tokens a step; the optimizer, which passes over all parameters, is timed apart.
+width); the optimizer, which passes over all parameters, is timed apart. Its cost and that of reading and
+writing each expert's weights once are shared by the tokens of a step, of which DeepSeek-V3 has 63M for 256
+experts: so `--tokens` matters.
 
 depth: compile time and the compiler's own count of memory at 4 and 32 layers, with everything inside a
 block computed again in the backward pass (`remat="full"`), and without.
@@ -31,14 +33,15 @@ from dsv3_jax.training.step import Schedules, make_train_step
 from dsv3_jax.training.throughput import active_parameters
 
 EXPERTS = (8, 64, 256)
+TOKENS = (8192, 32768)
 LAYERS = (4, 32)
-BATCH, SEQ = 32, 256
+SEQ = 256
 
 
-def with_experts(n: int) -> Config:
+def with_experts(n: int, sequences: int) -> Config:
     """The tiny model with `n` experts, and V3's balance loss, whose cost is part of the question."""
     moe = dataclasses.replace(TINY.moe, n_experts=n, sequence_loss=1e-4)
-    return run_config(dataclasses.replace(TINY, moe=moe), BATCH, SEQ)
+    return run_config(dataclasses.replace(TINY, moe=moe), sequences, SEQ)
 
 
 class OptimizerAlone:
@@ -60,18 +63,19 @@ class OptimizerAlone:
         jax.block_until_ready(self.params)
 
 
-def experts_rows(rounds: int) -> list[dict[str, Any]]:
+def experts_rows(rounds: int, tokens: int) -> list[dict[str, Any]]:
     """One row a number of experts, timed in turns, each with its cost over that of the fewest."""
+    sequences = tokens // SEQ
     rivals, rows = {}, {}
     for n in EXPERTS:
-        config = with_experts(n)
-        ours = Ours(config, random_batch(config.model.vocab_size, BATCH, SEQ))
+        config = with_experts(n, sequences)
+        ours = Ours(config, random_batch(config.model.vocab_size, sequences, SEQ))
         ours.step()
         rows[n] = {
             "experts": n,
             "parameters": parameter_count(ours.state.params),
             "active_parameters": active_parameters(config.model, ours.state.params),
-            "tokens": BATCH * SEQ,
+            "tokens": sequences * SEQ,
         }
         rivals[f"step {n}"] = ours.step
         rivals[f"optimizer {n}"] = OptimizerAlone(config, ours.state).step
@@ -137,7 +141,7 @@ def experts_line(row: dict[str, Any]) -> str:
     """A row of `experts_rows` as text."""
     step, alone = row["step"], row["optimizer"]
     return (
-        f"{row['experts']:4d} experts {row['parameters'] / 1e6:6.2f}M "
+        f"{row['tokens']:6d} tokens {row['experts']:4d} experts {row['parameters'] / 1e6:6.2f}M "
         f"({row['active_parameters'] / 1e6:.2f}M active)  "
         f"step {step['wall']:.2f} s, CPU {step['cpu']:.2f} s  "
         f"optimizer {alone['wall']:.3f} s, CPU {alone['cpu']:.3f} s  "
@@ -164,6 +168,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("what", nargs="*", choices=["experts", "depth"], help="both by default")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, action="append", help="a step; 8192 and 32768 by default")
     parser.add_argument("--system-allocator", action="store_true", help="leave the C library as it is")
     parser.add_argument("--out", help="where to write JSON")
     arguments = parser.parse_args(argv)
@@ -171,9 +176,10 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     what = arguments.what or ["experts", "depth"]
     rows = []
     if "experts" in what:
-        for row in experts_rows(arguments.rounds):
-            print(experts_line(row), flush=True)
-            rows.append(row)
+        for tokens in arguments.tokens or TOKENS:
+            for row in experts_rows(arguments.rounds, tokens):
+                print(experts_line(row), flush=True)
+                rows.append(row)
     if "depth" in what:
         for row in depth_rows():
             print(depth_line(row), flush=True)

@@ -125,7 +125,7 @@ def _forward(q, k, v, k_rope, q_segments, kv_segments, scale, causal, rows):
 
 
 def _plus(total, more):
-    """Adds to the first keys. Not `.at[].add`: its constant indices become inputs of a surrounding `shard_map`,
+    """Adds to the first keys. Not `.at[].add`: its constant indices become inputs of a `shard_map` around it,
     and the compiler of JAX 0.11.2 fails on a constant there."""
     first = total[:, :, : more.shape[2]] + more
     return lax.dynamic_update_slice(total, first, (0,) * total.ndim)

@@ -71,7 +71,7 @@ def test_rivals_take_turns_and_the_median_counts():
 
 
 def test_only_experts_that_are_not_active_are_added():
-    configs = [scaling_cpu.with_experts(n) for n in scaling_cpu.EXPERTS]
+    configs = [scaling_cpu.with_experts(n, 32) for n in scaling_cpu.EXPERTS]
     kept = [dataclasses.replace(c.model.moe, n_experts=0) for c in configs]
     assert kept[0] == kept[1] == kept[2]
     assert all(c.train == configs[0].train for c in configs)
