@@ -37,7 +37,7 @@ def devices(topology: Topology) -> list[Any]:
       PlanError: libtpu is not installed, or has no such slice.
     """
     try:
-        import libtpu
+        import libtpu  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise PlanError(
             f"topology = {topology.text!r}: compiling for TPUs needs libtpu: pip install libtpu; "

@@ -105,7 +105,7 @@ def parts(config: Config, split: Split) -> dict[str, Part]:
     boxed = boxed_parameters(_model_only(config))
     mesh = stand_in_mesh(split.data, split.expert, "cpu")
     alone = {over: state_shardings(boxed, mesh, over_data=over) for over in (False, True)}
-    found = dict.fromkeys(("experts", "embedding", "head", "other"), Part(0, 0, 0))
+    found: dict[str, Part] = dict.fromkeys(("experts", "embedding", "head", "other"), Part(0, 0, 0))
     leaves = jax.tree_util.tree_leaves_with_path(meta.unbox(boxed))
     layouts = zip(jax.tree.leaves(alone[False]), jax.tree.leaves(alone[True]), strict=True)
     for (path, shape), (plain, over_data) in zip(leaves, layouts, strict=True):
