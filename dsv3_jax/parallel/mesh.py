@@ -23,7 +23,7 @@ from dsv3_jax.parallel.transport import Wire, choose
 AXES = ("pipe", "data", "expert")
 
 # Logical axis -> mesh axes. Axes that are not listed are never split by name; `data` may still take
-# the largest of them when a state is sharded over the replicas (`state_spec`).
+# the outermost of them when a state is sharded over the replicas (`state_spec`).
 Table = Mapping[str, tuple[str, ...]]
 LOGICAL_AXES: Table = {"batch": ("data", "expert"), "experts": ("expert",)}
 
@@ -113,9 +113,10 @@ def state_spec(
       logical: the array's axes.
       shape: its shape.
       mesh: the mesh.
-      over_data: split, too, the largest dimension that no name splits and that the replicas divide: those
-        of `data` for experts, of `data` and `expert` for all else (or of `data` alone, if only that divides).
-        Never `layers`: the scan takes slices of it.
+      over_data: split, too, the outermost dimension that the replicas divide: those of `data` for experts, whose
+        own axis they may split further; of `data` and `expert` for all else, or of `data` alone if only that
+        divides. Outermost, because then the parts of a reduce-scatter or an all-gather lie one after the other
+        in memory: no transpose before or after it. Never `layers`: the scan takes slices of it.
       table: logical axis -> mesh axes. A pipeline may put `layers` over `pipe`; a stack that `pipe` does not
         divide stays whole.
     """
@@ -125,14 +126,13 @@ def state_spec(
             axes[i] = None
     used = {name for axis in axes if axis for name in axis}
     for replicas in (("data", "expert"), ("data",)) if over_data else ():
-        size = math.prod(mesh.shape[name] for name in replicas)
-        free = [
-            i
-            for i, axis in enumerate(axes)
-            if axis is None and logical[i] != "layers" and shape[i] % size == 0
-        ]
-        if size > 1 and free and not used.intersection(replicas):
-            axes[max(free, key=lambda i: shape[i])] = replicas
+        if math.prod(mesh.shape[name] for name in replicas) == 1 or used.intersection(replicas):
+            continue
+        split = [(axis or ()) + replicas for axis in axes]
+        parts = [math.prod(mesh.shape[name] for name in names) for names in split]
+        free = [i for i, name in enumerate(logical) if name != "layers" and shape[i] % parts[i] == 0]
+        if free:
+            axes[free[0]] = split[free[0]]
             break
     return PartitionSpec(*axes)
 
