@@ -1,6 +1,7 @@
 """Attention in the expanded form of MLA against cuDNN, forward and backward.
 
     PYTHONPATH=. python benchmarks/attention.py [--out results.json] [--only 'H64'] [--rounds 3] [--tune]
+        [--passes forward,both] [--unchecked] [--after FILE]
 
 Before a shape is timed, every implementation is compared with float64 on two heads of it, output, log-sum-exp
 and gradients, and must repeat bit for bit (the awkward shapes are in the `gpu` tests). Where tokamax is
@@ -8,12 +9,15 @@ installed, its Pallas kernels are timed too.
 """
 
 import argparse
+import concurrent.futures
 import dataclasses
 import functools
 import pathlib
 import re
 import sys
+import time
 import types
+from typing import Any
 from unittest import mock
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
@@ -157,17 +161,20 @@ def _tokamax():
 
 
 def rivals(shape: Shape, tune: bool):
-    """Attention functions of (q, k, v, k_rope), by name."""
-    _, options = shape.operands()
-    options = {name: x for name, x in options.items() if name != "k_rope"}
+    """Attention functions of (q, k, v, k_rope, segment ids by name), by name."""
 
     def op(name):
-        return lambda q, k, v, rope: mla_attention(q, k, v, k_rope=rope, **options, implementation=name)
+        options = {"causal": shape.causal, "implementation": name}
+        return lambda q, k, v, rope, segments: mla_attention(q, k, v, k_rope=rope, **segments, **options)
 
     def kernel(**changes):
-        segments = options.get("segment_ids"), options.get("kv_segment_ids")
         static = {"scale": shape.d_qk**-0.5, "causal": shape.causal, **changes}
-        return lambda q, k, v, rope: mosaic_gpu.attention(q, k, v, rope, *segments, **static)[0]
+
+        def f(q, k, v, rope, segments):
+            ids = segments.get("segment_ids"), segments.get("kv_segment_ids")
+            return mosaic_gpu.attention(q, k, v, rope, *ids, **static)[0]
+
+        return f
 
     found = {"ours": op("mosaic_gpu"), "cudnn": op("cudnn")}
     if shape.documents:
@@ -179,30 +186,51 @@ def rivals(shape: Shape, tune: bool):
         found["recomputed"] = kernel(workspace=0)
     peer = _tokamax()
     if peer and not shape.documents and not shape.d_rope:
-        found["tokamax"] = lambda q, k, v, rope: peer(q, k, v, is_causal=shape.causal)
+        found["tokamax"] = lambda q, k, v, rope, segments: peer(q, k, v, is_causal=shape.causal)
     return found
 
 
 TUNING = {"64 keys": {"block_kv": 64, "stages": 4}}
 
 
-def run(shape: Shape, passes, rounds: int, tune: bool):
-    """Times one shape; yields a row of results for each pass."""
+def _inputs(shape: Shape):
+    """Gradient of the output, and what attention takes: (q, k, v, k_rope, segment ids by name)."""
     operands, options = shape.operands()
-    rope = options.get("k_rope")
     d_out = jax.random.normal(jax.random.key(9), (*operands[0].shape[:3], shape.d_v), jnp.bfloat16)
+    segments = {name: x for name, x in options.items() if name.endswith("segment_ids")}
+    return d_out, (*operands, options.get("k_rope"), segments)
+
+
+def compiled(shape: Shape, passes, tune: bool) -> dict[str, dict[str, Any]]:
+    """Executables of `_inputs` of a shape for each pass, by rival."""
+    found: dict[str, dict[str, Any]] = {name: {} for name in passes}
     for name in passes:
-        calls = []
         for rival, f in rivals(shape, tune).items():
-            if name == "forward":
-                g = jax.jit(f)
-                call = functools.partial(g, *operands, rope)
-            else:
-                g = jax.jit(lambda d, *a, f=f: jax.vjp(f, *a)[1](d))
-                call = functools.partial(g, d_out, *operands, rope)
+
+            @jax.jit
+            def g(d_out, operands, f=f, backward=name != "forward"):
+                if not backward:
+                    return f(*operands)
+                *floats, segments = operands
+                return jax.vjp(lambda *a: f(*a, segments), *floats)[1](d_out)
+
+            try:
+                found[name][rival] = g.lower(*jax.eval_shape(lambda: _inputs(shape))).compile()
+            except Exception as problem:  # Unsupported, or out of memory: the others may still run.
+                print(f"{shape} {name} {rival}: {str(problem)[:300]}", flush=True)
+    return found
+
+
+def run(shape: Shape, executables: dict[str, dict[str, Any]], rounds: int):
+    """Times one shape; yields a row of results for each pass."""
+    operands = _inputs(shape)
+    for name, of_rival in executables.items():
+        calls = []
+        for rival, g in of_rival.items():
+            call = functools.partial(g, *operands)
             try:
                 jax.block_until_ready(call())
-            except Exception as problem:  # Out of memory, or unsupported: the others may still run.
+            except Exception as problem:  # Out of memory.
                 print(f"{shape} {name} {rival}: {str(problem)[:300]}", flush=True)
                 continue
             calls.append(timing.Rival(rival, call))
@@ -229,20 +257,29 @@ def main() -> None:
     parser.add_argument("--passes", default="forward,both")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tune", action="store_true", help="time other settings of our kernels too")
+    parser.add_argument("--unchecked", action="store_true", help="skip the comparison with float64")
+    parser.add_argument("--after", default="", help="compile, then wait for this file")
     args = parser.parse_args()
+    shared = dataclasses.replace(BENCHMARK[1], d_rope=64)
+    packed = [dataclasses.replace(BENCHMARK[1], documents=n) for n in (1, 8)]
+    shapes = (*BENCHMARK, shared, *packed, Shape(1, 8192, 64, d_qk=128), Shape(1, 32768, 128))
+    shapes = [shape for shape in shapes if re.search(args.only, str(shape))]
+    passes = args.passes.split(",")
+    # All compiled before any is timed, four at a time.
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        executables = list(pool.map(lambda shape: compiled(shape, passes, args.tune), shapes))
+    print("compiled", flush=True)
+    while args.after and not pathlib.Path(args.after).exists():
+        time.sleep(0.1)
     ceiling = timing.roofline()
     print(ceiling, flush=True)
     rows, good = [], True
-    shared = dataclasses.replace(BENCHMARK[1], d_rope=64)
-    packed = [dataclasses.replace(BENCHMARK[1], documents=n) for n in (1, 8)]
-    for shape in (*BENCHMARK, shared, *packed, Shape(1, 8192, 64, d_qk=128), Shape(1, 32768, 128)):
-        if not re.search(args.only, str(shape)):
-            continue
-        if shape.length <= CHECKED_UP_TO:
+    for shape, of_pass in zip(shapes, executables, strict=True):
+        if shape.length <= CHECKED_UP_TO and not args.unchecked:
             result, fine = checked(dataclasses.replace(shape, batch=1, heads=2))
             rows.append(result)
             good &= fine
-        rows += run(shape, args.passes.split(","), args.rounds, args.tune)
+        rows += run(shape, of_pass, args.rounds)
         timing.write(args.out, rows, ceiling)
     if not good:
         raise SystemExit("a result is wrong")

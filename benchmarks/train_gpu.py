@@ -1,10 +1,15 @@
 """Tokens/s, MFU and peak memory of training on this GPU, on real text through `train.py`.
 
     python benchmarks/train_gpu.py [--config=configs/small_gpu.py] [--steps=50] [--config.FIELD=VALUE ...]
+    python benchmarks/train_gpu.py --attention=auto,cudnn [--steps=15] ...
 
 First it checks a cut-down model of the same widths: the loss and the gradient norm with the kernels that
 "auto" chooses against those of the plain JAX references. Then it trains, and prints the median of the logged
 speeds after the first (which holds the compilation). Results go to `--out` as JSON.
+
+With `--attention`, one run goes on from one implementation of attention to the next and back, five steps each
+(`--steps` of each in all): so all see the same GPU, state and text. Printed are the medians after each one's
+first turn.
 """
 
 import argparse
@@ -15,12 +20,15 @@ import os
 import statistics
 import sys
 import tempfile
+import time
 from importlib.metadata import version
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import train as trainer  # noqa: E402
+
+TURN = 5  # steps
 
 
 def check(config) -> dict[str, float]:
@@ -61,10 +69,67 @@ def check(config) -> dict[str, float]:
     return {name: abs(ours / plain - 1) for name, ours, plain in pairs}
 
 
+def compare(config, names, steps, after) -> dict[str, dict]:
+    """Speed of each implementation of attention, taking turns within one run."""
+
+    from dsv3_jax.data import Loader
+    from dsv3_jax.parallel.mesh import make_mesh
+    from dsv3_jax.training import loop
+    from dsv3_jax.training.state import abstract_state, init_state
+    from dsv3_jax.training.step import make_train_step
+
+    mesh, train = make_mesh(config.mesh), config.train
+    sequences, tokens = train.batch_size, train.batch_size * train.seq_len
+    loader = Loader(
+        config.data, split="train", seq_len=train.seq_len, seed=train.seed, **loop.data_share(mesh)
+    )
+
+    def inputs(step):
+        batch, count = loop.put_batch(config, mesh, loader.take(sequences), sequences)
+        return batch, count, loop.schedules_at(config, step, step * tokens)
+
+    functions, abstract, first = {}, abstract_state(config, mesh), inputs(0)
+    for name in names:
+        attention = dataclasses.replace(config.model.attention, implementation=name)
+        changed = dataclasses.replace(config, model=dataclasses.replace(config.model, attention=attention))
+        functions[name] = make_train_step(changed, mesh).lower(abstract, *first).compile()
+        print(name, "compiled", flush=True)
+    while after and not Path(after).exists():
+        time.sleep(0.1)
+    state, step = init_state(config, mesh), 0
+    speeds, losses = {name: [] for name in names}, {name: [] for name in names}
+    for turn in range(steps // TURN):
+        for name in names if turn % 2 == 0 else reversed(names):
+            started = time.perf_counter()
+            for _ in range(TURN):
+                state, metrics = functions[name](state, *inputs(step))
+                step += 1
+            losses[name].append(float(metrics.losses.loss))
+            speeds[name].append(TURN * tokens / (time.perf_counter() - started))
+    loader.close()
+    return {
+        name: {"tokens_per_second": statistics.median(speeds[name][1:]), "turns": speeds[name]}
+        | {"losses": losses[name]}
+        for name in names
+    }
+
+
+def versions() -> dict:
+    import jax
+
+    return {
+        "device": jax.devices()[0].device_kind,
+        "versions": {name: version(name) for name in ("jax", "jaxlib", "flax", "optax")},
+        "date": datetime.date.today().isoformat(),
+    }
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--config", default="configs/small_gpu.py")
     parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--attention", default="", help="implementations to compare, separated by commas")
+    parser.add_argument("--after", default="", help="compile for --attention, then wait for this file")
     parser.add_argument("--out", default="")
     arguments, overrides = parser.parse_known_args()
     fixed = [
@@ -77,9 +142,12 @@ def main():
     ]
     argv = [f"--config={arguments.config}", *fixed, *overrides]
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.94")  # As train.py, which comes later.
-    import jax
-
     config, _ = trainer.parse(argv)
+    if arguments.attention:
+        names = arguments.attention.split(",")
+        found = compare(config, names, arguments.steps, arguments.after)
+        write({"config": arguments.config, "overrides": overrides, "attention": found}, arguments.out)
+        return
     differences = check(config)
     print("kernels against references, relative:", differences)
     # bf16 products summed in another order: 2^-9 a rounding, averaged over many; more is a defect.
@@ -98,13 +166,15 @@ def main():
         "last_loss": lines[-1]["loss"],
         "max_vio": lines[-1]["max_vio"],
         "check": differences,
-        "device": jax.devices()[0].device_kind,
-        "versions": {name: version(name) for name in ("jax", "jaxlib", "flax", "optax")},
-        "date": datetime.date.today().isoformat(),
     }
-    print(json.dumps(summary, indent=1))
-    if arguments.out:
-        Path(arguments.out).write_text(json.dumps(summary, indent=1) + "\n")
+    write(summary, arguments.out)
+
+
+def write(summary: dict, path: str) -> None:
+    text = json.dumps(summary | versions(), indent=1)
+    print(text)
+    if path:
+        Path(path).write_text(text + "\n")
 
 
 if __name__ == "__main__":
