@@ -2,27 +2,34 @@
 
     PYTHONPATH=. python benchmarks/expert_parallel.py [--out results.json] [--runs "exchange;16b bf16"]
 
-Runs are processes of their own, one after the other, each with its own time limit, and the results are
-written after each:
+Runs are processes of their own, and the results are written after each. First these, one after the other:
 
-    exchange                the experts over all GPUs against one GPU, bf16 and FP8, balanced and skewed; then
-                            dispatch and combine of 32k tokens x 7168 a GPU (top 8 of 256) beside a dense
+    differences             the experts over all GPUs against one GPU, bf16 and FP8, balanced and skewed
+    bandwidth               dispatch and combine of 32k tokens x 7168 a GPU (top 8 of 256) beside a dense
                             all-to-all of the same buffer
+
+then training, compiled side by side and run one after the other:
+
     16b bf16, 16b fp8       `configs/v2_lite_2gpu.py`: tokens/s a GPU
     small, ...              `configs/small_gpu.py` on one GPU, and data- and expert-parallel on all of them
-                            with the same batch a GPU
+                            with the same batch a GPU; the bias moves twenty times as fast as configured,
+                            so that the router is balanced within the run
 
 A bandwidth counts the bytes that leave a GPU for another, over the median time of a call. A speed is the
-median over blocks of five steps after the first.
+median over blocks of five steps after the first two.
 """
 
 import argparse
+import contextlib
+import fcntl
 import json
 import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +39,6 @@ sys.path.insert(0, str(ROOT))
 FLAGS = "--xla_gpu_enable_latency_hiding_scheduler=true"
 BLOCK = 5  # Steps that are timed together.
 TOKENS, WIDTH, EXPERTS, TOP_K = 32768, 7168, 256, 8
-
-
-def exchange_part(tokens: int = TOKENS, width: int = WIDTH) -> dict:
-    """Differences from one GPU, and bandwidths."""
-    import jax
-
-    return {
-        "devices": len(jax.devices()),
-        "device": jax.devices()[0].device_kind,
-        "differences": differences(),
-        "bandwidth": bandwidths(tokens, width),
-    }
 
 
 def differences(tokens: int = 512, d: int = 1024, f: int = 256) -> dict[str, float]:
@@ -94,6 +89,9 @@ def differences(tokens: int = 512, d: int = 1024, f: int = 256) -> dict[str, flo
 
 def bandwidths(tokens: int, width: int) -> dict[str, dict[str, float]]:
     """GB/s a GPU and milliseconds of a dense all-to-all, and of dispatch and combine by each transport."""
+    from benchmarks import timing  # Before JAX allocates.
+
+    # isort: split
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -110,9 +108,8 @@ def bandwidths(tokens: int, width: int) -> dict[str, dict[str, float]]:
     indices = np.argpartition(rng.random((n * tokens, EXPERTS), np.float32), TOP_K, axis=1)[:, :TOP_K]
     apart = indices // (EXPERTS // n) != np.repeat(np.arange(n), tokens)[:, None]
     rank = np.where(apart, indices // (EXPERTS // n), -1)
-    crossing = (
-        float(sum((rank == r).any(1).sum() for r in range(n))) / n
-    )  # Tokens that leave a GPU, for each peer.
+    # Tokens that leave a GPU, counted for each peer.
+    crossing = float(sum((rank == r).any(1).sum() for r in range(n))) / n
     place = NamedSharding(mesh, P("expert"))
     indices = jax.device_put(indices.astype(np.int32), place)
     x = jax.jit(
@@ -129,7 +126,7 @@ def bandwidths(tokens: int, width: int) -> dict[str, dict[str, float]]:
             started = time.perf_counter()
             jax.block_until_ready([call(*operands) for _ in range(10)][-1])
             times.append((time.perf_counter() - started) / 10)
-        return statistics.median(times), out
+        return statistics.median(times), out, call
 
     def there_and_back(to, x):
         return to.home(to.send(x))
@@ -152,26 +149,42 @@ def bandwidths(tokens: int, width: int) -> dict[str, dict[str, float]]:
             buffer = jnp.zeros((n * n * room.slots, width), jnp.bfloat16, device=place)
             shape = (n, room.slots, width)
             whole = (n - 1) * room.slots * row
-            elapsed, _ = seconds(
+            elapsed, *_ = seconds(
                 lambda b, s=shape: lax.all_to_all(b.reshape(s), "expert", 0, 0).reshape(b.shape), buffer
             )
             note("dense all-to-all", whole, elapsed)
-        elapsed, to = seconds(route, indices)
+        elapsed, to, _ = seconds(route, indices)
         note(f"{transport}: plan", 0, elapsed)
-        elapsed, arrived = seconds(lambda to, x: to.send(x), to, x)
+        elapsed, arrived, _ = seconds(lambda to, x: to.send(x), to, x)
         note(f"{transport}: dispatch", crossing * row, elapsed)
-        elapsed, _ = seconds(lambda to, a: to.home(a), to, arrived)
+        elapsed, *_ = seconds(lambda to, a: to.home(a), to, arrived)
         note(f"{transport}: combine", crossing * row, elapsed)
-        elapsed, _ = seconds(lambda i, x, route=route: there_and_back(route(i), x), indices, x)
+        elapsed, *_ = seconds(there_and_back, to, x)
+        note(f"{transport}: dispatch and combine", 2 * crossing * row, elapsed)
+        elapsed, _, call = seconds(lambda i, x, route=route: there_and_back(route(i), x), indices, x)
         note(f"{transport}: plan, dispatch and combine", 2 * crossing * row, elapsed)
+        if jax.default_backend() == "gpu":
+            alone = timing.kernels(lambda call=call: timing.wait(call(indices, x)))
+            print(*(f"  {name[:60]} {1e3 * elapsed:.3f} ms" for name, elapsed in alone), sep="\n", flush=True)
     reference = found["dense all-to-all"]["gb_per_s"]
     for values in found.values():
         values["of_dense"] = round(values["gb_per_s"] / reference, 3)
     return found
 
 
-def measured(steps: int, argv: list[str]) -> dict:
-    """A training run on real text: speed, losses, balance, memory, and the kernels of a step on all GPUs."""
+@contextlib.contextmanager
+def locked(file: Path, how: int) -> Iterator[None]:
+    """Holds a lock of this machine's processes, shared or alone."""
+    with open(file, "w") as held:
+        fcntl.flock(held, how)
+        yield
+
+
+def measured(steps: int, argv: list[str], locks: Path) -> dict:
+    """A training run on real text: speed, losses, balance, memory, and the kernels of a step on all GPUs.
+
+    It compiles beside the others, and runs alone once all have compiled.
+    """
     from benchmarks import timing  # Before JAX allocates.
 
     # isort: split
@@ -183,7 +196,7 @@ def measured(steps: int, argv: list[str]) -> dict:
     from dsv3_jax.data import Loader
     from dsv3_jax.parallel.mesh import make_mesh
     from dsv3_jax.training import loop
-    from dsv3_jax.training.state import init_state
+    from dsv3_jax.training.state import abstract_state, init_state
     from dsv3_jax.training.step import make_train_step
     from dsv3_jax.training.throughput import flops_per_token, peak_flops
 
@@ -193,112 +206,149 @@ def measured(steps: int, argv: list[str]) -> dict:
     tokens = sequences * seq_len
     process = dict(process_index=0, process_count=1)
     loader = Loader(config.data, split="train", seq_len=seq_len, seed=config.train.seed, **process)
-    state = init_state(config, mesh)
 
     def inputs(step):
         batch, count = loop.put_batch(config, mesh, loader.take(sequences), sequences)
         return batch, count, loop.schedules_at(config, step, step * tokens)
 
-    started = time.perf_counter()
-    jitted: Any = make_train_step(config, mesh)
-    step_function = jitted.lower(state, *inputs(0)).compile()
-    found: dict = {"compile_seconds": time.perf_counter() - started, "mesh": dict(mesh.shape)}
-    memory, rates, losses, metrics = step_function.memory_analysis(), [], [], None
-    for first in range(0, steps, BLOCK):
+    with locked(locks / "compiling", fcntl.LOCK_SH):
         started = time.perf_counter()
-        for step in range(first, first + BLOCK):
-            state, metrics = step_function(state, *inputs(step))
-            losses.append(metrics.losses.ce_loss)
-        jax.block_until_ready(metrics)
-        rates.append(BLOCK * tokens / (time.perf_counter() - started))
-    assert metrics is not None and bool(metrics.finite)
-    speed, peak = statistics.median(rates[1:]), peak_flops(list(mesh.devices.flat))
-    found |= {
-        "tokens_per_second_per_gpu": speed / mesh.size,
-        "mfu": speed * flops_per_token(config, state.params) / peak if peak else None,
-        "rates": [round(rate) for rate in rates],
-        "temporary_gib": memory.temp_size_in_bytes / 2**30,
-        "state_gib": memory.argument_size_in_bytes / 2**30,
-        "peak_gib": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0) / 2**30,
-        "losses": [round(float(loss), 4) for loss in losses],
-        "max_vio": [round(float(x), 2) for x in np.asarray(metrics.max_vio)],
-    }
-    print(json.dumps(found), flush=True)
-    if jax.default_backend() == "gpu":
-        last = inputs(steps)
-        kinds = by_kind(timing.kernels(lambda: jax.block_until_ready(step_function(state, *last))))
-        print(json.dumps(found | {"kernels": kinds}), flush=True)
+        jitted: Any = make_train_step(config, mesh)
+        step_function = jitted.lower(abstract_state(config, mesh), *inputs(0)).compile()
+        found: dict = {"compile_seconds": time.perf_counter() - started, "mesh": dict(mesh.shape)}
+    with locked(locks / "compiling", fcntl.LOCK_EX):
+        pass
+    with locked(locks / "running", fcntl.LOCK_EX):
+        state = init_state(config, mesh)
+        memory, rates, losses, metrics = step_function.memory_analysis(), [], [], None
+        for first in range(0, steps, BLOCK):
+            started = time.perf_counter()
+            for step in range(first, first + BLOCK):
+                state, metrics = step_function(state, *inputs(step))
+                losses.append(metrics.losses.ce_loss)
+            jax.block_until_ready(metrics)
+            rates.append(BLOCK * tokens / (time.perf_counter() - started))
+        assert metrics is not None and bool(metrics.finite)
+        speed, peak = statistics.median(rates[2:]), peak_flops(list(mesh.devices.flat))
+        found |= {
+            "tokens_per_second_per_gpu": speed / mesh.size,
+            "mfu": speed * flops_per_token(config, state.params) / peak if peak else None,
+            "rates": [round(rate) for rate in rates],
+            "temporary_gib": memory.temp_size_in_bytes / 2**30,
+            "state_gib": memory.argument_size_in_bytes / 2**30,
+            "peak_gib": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0) / 2**30,
+            "losses": [round(float(loss), 4) for loss in losses],
+            "max_vio": [round(float(x), 2) for x in np.asarray(metrics.max_vio)],
+        }
+        print(json.dumps(found), flush=True)
+        if jax.default_backend() == "gpu":
+            last = inputs(steps)
+            kinds = by_kind(timing.kernels(lambda: jax.block_until_ready(step_function(state, *last))))
+            print(json.dumps(found | {"kernels": kinds}), flush=True)
     return found
 
 
-def run(seconds: float, *arguments: str, devices: int = 0) -> dict:
-    """What a process of this file printed last that is JSON; the reason if there is nothing."""
-    environment = dict(os.environ)
-    if devices:
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(devices)))
-    command = [sys.executable, __file__, *arguments]
-    try:
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, timeout=seconds
-        )
-        output, why = done.stdout, f"exit code {done.returncode}"
-    except subprocess.TimeoutExpired as error:  # What it had measured by then still counts.
-        partial = error.stdout or b""
-        output = partial.decode() if isinstance(partial, bytes) else partial
-        why = f"not done in {seconds:.0f} s"
-    results = [line for line in output.splitlines() if line.startswith("{")]
-    print(*(line for line in output.splitlines() if not line.startswith("{")), sep="\n", flush=True)
-    return json.loads(results[-1]) if results else {"failed": why, "output": output[-1000:]}
+def start(log: Path, *arguments: str, devices: int, flags: str) -> subprocess.Popen:
+    """A process of this file on the first `devices` GPUs, whose output goes to `log`."""
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(devices)))}
+    environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
+    with open(log, "w") as file:
+        command = [sys.executable, __file__, *arguments]
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
 
 
-def runs(count: int) -> dict[str, tuple[float, int, list[str]]]:
-    """By name: the longest that it may take, GPUs, and its configuration; the most important first."""
+def result(log: Path, why: str) -> dict:
+    """What a process printed last that is JSON; what went wrong if there is nothing."""
+    output = log.read_text()
+    print(*(line for line in output.splitlines() if line.startswith(("dense", "ragged", "  "))), sep="\n")
+    found = [line for line in output.splitlines() if line.startswith("{")]
+    return json.loads(found[-1]) if found else {"failed": why, "output": output[-1500:]}
+
+
+PARTS = {"differences": lambda: differences(), "bandwidth": lambda: bandwidths(TOKENS, WIDTH)}
+
+
+def training_runs(count: int) -> dict[str, tuple[int, str, list[str]]]:
+    """By name: GPUs, more flags for XLA, and the configuration."""
     large = ["--config=configs/v2_lite_2gpu.py", f"--config.mesh.expert={count}"]
     large += [f"--config.train.batch_size={3 * count}"]
-    small = ["--config=configs/small_gpu.py"]
-    all_gpus = [f"--config.train.batch_size={8 * count}", "--config.mesh.sharding=zero1"]
+    small = ["--config=configs/small_gpu.py", "--config.model.moe.bias_speed=0.02"]
+    whole = [*small, f"--config.train.batch_size={8 * count}", f"--config.mesh.data={count}"]
+    pipelined = " ".join(
+        f"--xla_gpu_enable_pipelined_{name}=true" for name in ("all_reduce", "reduce_scatter")
+    )
     return {
-        "exchange": (100, count, ["--exchange"]),
-        "16b bf16": (130, count, large),
-        "small, one GPU": (75, 1, small),
-        "small, expert-parallel": (80, count, [*small, *all_gpus, f"--config.mesh.expert={count}"]),
-        "small, data-parallel": (80, count, [*small, *all_gpus, f"--config.mesh.data={count}"]),
-        "16b fp8": (170, count, [*large, "--config.train.precision=fp8"]),
+        "small, one GPU": (1, "", small),
+        "small, data-parallel, zero1": (count, "", [*whole, "--config.mesh.sharding=zero1"]),
+        "small, data-parallel, replicated": (count, "", [*whole, "--config.mesh.sharding=replicated"]),
+        "small, data-parallel, replicated, pipelined": (
+            count,
+            pipelined,
+            [*whole, "--config.mesh.sharding=replicated"],
+        ),
+        "small, expert-parallel": (
+            count,
+            "",
+            [*whole, "--config.mesh.data=1", f"--config.mesh.expert={count}", "--config.mesh.sharding=zero1"],
+        ),
+        "16b bf16": (count, "", large),
+        "16b fp8": (count, "", [*large, "--config.train.precision=fp8"]),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", default="", help="names, separated by semicolons; all by default")
-    parser.add_argument("--steps", type=int, default=15, help=f"of training, a multiple of {BLOCK}")
+    parser.add_argument("--steps", type=int, default=30, help=f"of training, a multiple of {BLOCK}, from 15")
     parser.add_argument("--seconds", type=float, default=600, help="the longest that all may take")
     parser.add_argument("--out", default="benchmarks/results/expert_parallel.json")
-    parser.add_argument("--exchange", action="store_true", help="measure the exchange in this process")
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
+    parser.add_argument("--locks", type=Path, help=argparse.SUPPRESS)
     arguments, configuration = parser.parse_known_args()
-    if arguments.exchange:
-        print(json.dumps(exchange_part()))
+    if arguments.part:
+        print(json.dumps(PARTS[arguments.part]()))
         return
     if configuration:
-        measured(arguments.steps, configuration)
+        measured(arguments.steps, configuration, arguments.locks)
         return
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True)
-    plan, results, end = runs(len(listed.stdout.strip().splitlines())), {}, time.time() + arguments.seconds
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
-    for name in arguments.runs.split(";") if arguments.runs else plan:
-        limit, devices, argv = plan[name]
-        started = time.time()
-        if end - started < limit / 2:
-            results[name] = {"failed": "no time left"}
-            continue
-        found = run(min(limit, end - started), f"--steps={arguments.steps}", *argv, devices=devices)
+    count, results = len(listed.stdout.strip().splitlines()), {}
+    training, began = training_runs(count), time.time()
+    wanted = arguments.runs.split(";") if arguments.runs else [*PARTS, *training]
+
+    def keep(name: str, log: Path, why: str) -> None:
+        results[name] = found = result(log, why)
         one = results.get("small, one GPU", {}).get("tokens_per_second_per_gpu")
-        if one and name.startswith("small") and "tokens_per_second_per_gpu" in found:
-            found["of_one_gpu"] = found["tokens_per_second_per_gpu"] * devices / one
-        results[name] = found
-        brief = {k: v for k, v in found.items() if k not in ("kernels", "losses")}
-        print(f"{name}, {time.time() - started:.0f} s: {json.dumps(brief)[:2500]}", flush=True)
+        for run, values in results.items():
+            if one and run.startswith("small") and "tokens_per_second_per_gpu" in values:
+                gpus = training[run][0]
+                values["of_one_gpu"] = values["tokens_per_second_per_gpu"] * gpus / one
+        brief = {key: value for key, value in found.items() if key not in ("kernels", "losses")}
+        print(f"{time.time() - began:.0f} s: {name}: {json.dumps(brief)[:2000]}", flush=True)
         content = {"flags": FLAGS, "steps": arguments.steps, "runs": results}
         Path(arguments.out).write_text(json.dumps(content, indent=1) + "\n")
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for part in (part for part in PARTS if part in wanted):
+            child = start(folder / part, f"--part={part}", devices=count, flags=FLAGS)
+            try:
+                child.wait(max(1, arguments.seconds - (time.time() - began)))
+            except subprocess.TimeoutExpired:
+                child.kill()
+            keep(part, folder / part, f"exit code {child.poll()}")
+        more, children = [f"--steps={arguments.steps}", f"--locks={folder}"], {}
+        for run, (devices, flags, argv) in training.items():
+            if run in wanted:
+                log, flags = folder / run, f"{FLAGS} {flags}"
+                children[run] = start(log, *more, *argv, devices=devices, flags=flags)
+        while children and time.time() - began < arguments.seconds:
+            time.sleep(0.2)
+            for run in [run for run, child in children.items() if child.poll() is not None]:
+                keep(run, folder / run, f"exit code {children.pop(run).returncode}")
+        for run, child in children.items():
+            child.kill()
+            keep(run, folder / run, f"not done in {arguments.seconds:.0f} s")
 
 
 if __name__ == "__main__":

@@ -47,11 +47,12 @@ def test_first_devices_in_order():
     ("names", "shape", "over_data", "expected"),
     [
         (("layers", "experts", "embed", "mlp"), (8, 4, 16, 32), False, (None, ("expert",), None, None)),
-        (("layers", "experts", "embed", "mlp"), (8, 4, 16, 32), True, (None, ("expert",), None, ("data",))),
+        (("layers", "experts", "embed", "mlp"), (8, 4, 16, 32), True, (None, ("expert",), ("data",), None)),
+        (("layers", "experts", "embed", "mlp"), (8, 8, 16, 32), True, (None, ("expert", "data"), None, None)),
         (("embed", "heads", "head"), (24, 3, 7), True, (("data", "expert"), None, None)),  # By 8.
         (("embed", "heads", "head"), (12, 3, 7), True, (("data",), None, None)),  # 8 divides none.
         (("layers", "norm"), (8, 7), True, (None, None)),  # Never layers; and 2 does not divide 7.
-        ((None, "norm"), (6, 4), True, (("data",), None)),  # The larger one.
+        ((None, "norm"), (6, 4), True, (("data",), None)),  # The outer one.
     ],
 )
 def test_layout_of_parameters(names, shape, over_data, expected):
@@ -64,7 +65,7 @@ def test_layers_over_pipe_where_it_divides(layers, over):
     mesh = meshes.make_mesh(MeshConfig(pipe=2, data=2, expert=2))
     table = {**meshes.LOGICAL_AXES, "layers": ("pipe",)}
     found = meshes.state_spec(("layers", "experts", "embed"), (layers, 4, 6), mesh, True, table)
-    assert found == PartitionSpec(over, ("expert",), ("data",))
+    assert found == PartitionSpec(over, ("expert", "data"), None)
 
 
 def test_activations_are_split_over_both_axes():
