@@ -198,6 +198,9 @@ class MeshConfig:
     sharding: str = "replicated"
     # How tokens reach experts on other devices: "dense", "ragged" or "gather" (`parallel.transport`).
     transport: str = "auto"
+    # Ranks of `expert` in a node: a token travels to a node once and is handed on there. 1: straight to each
+    # rank; 0: as the devices say.
+    expert_node: int = 0
     dispatch_slack: float = 1.25  # Room over a balanced load; what does not fit goes in further rounds.
 
 

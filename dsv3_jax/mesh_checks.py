@@ -65,6 +65,10 @@ def problems(config: Config, n_devices: int) -> list[Problem]:
     if _experts(config) % shape.expert:
         fix = f"must divide model.moe.n_experts = {_experts(config)}; {near}"
         found.append(("mesh.expert", config.mesh.expert, fix))
+    node = config.mesh.expert_node
+    if node < 0 or (node and shape.expert % node):
+        fix = f"must divide mesh.expert = {shape.expert}; 0: the nodes that the devices name"
+        found.append(("mesh.expert_node", node, fix))
     if shape.pipe > config.model.n_layers:
         fix = f"at most model.n_layers = {config.model.n_layers}; {near}"
         found.append(("mesh.pipe", config.mesh.pipe, fix))

@@ -6,6 +6,8 @@ The batch is split over `data` x `expert`, the experts' weights over `expert`, t
 """
 
 import contextlib
+import functools
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -74,9 +76,27 @@ def expert_wire() -> Wire | None:
     return None if mesh is None or mesh.shape["expert"] == 1 else _wire(mesh, options)
 
 
+@functools.cache
 def _wire(mesh: Mesh, options: MeshConfig) -> Wire:
     transport = choose(options.transport, mesh.devices.flat[0].platform)
-    return Wire("expert", mesh.shape["expert"], transport, options.dispatch_slack)
+    node = options.expert_node or _node(mesh.devices)
+    return Wire("expert", mesh.shape["expert"], transport, options.dispatch_slack, node)
+
+
+def _node(devices: np.ndarray) -> int:
+    """Consecutive ranks of `expert` that share a fast network: an NVLink domain, a TPU slice, else a process.
+
+    1, tokens go straight to each rank, if the nodes of different ranks differ in size.
+    """
+
+    def node(device: Any) -> int:
+        number = getattr(device, "slice_index", None)
+        return device.process_index if number is None else number
+
+    sizes = set()
+    for ranks in devices.reshape(-1, devices.shape[-1]):  # `expert` is the last axis.
+        sizes |= {len(list(same)) for _, same in itertools.groupby(ranks, node)}
+    return sizes.pop() if len(sizes) == 1 else 1
 
 
 def size_here(size: int, logical: str) -> int:
@@ -113,10 +133,10 @@ def state_spec(
       logical: the array's axes.
       shape: its shape.
       mesh: the mesh.
-      over_data: split, too, the outermost dimension that the replicas divide: those of `data` for experts, whose
-        own axis they may split further; of `data` and `expert` for all else, or of `data` alone if only that
-        divides. Outermost, because then the parts of a reduce-scatter or an all-gather lie one after the other
-        in memory: no transpose before or after it. Never `layers`: the scan takes slices of it.
+      over_data: split, too, the outermost dimension that the replicas divide: those of `data` for experts,
+        whose own axis they may split further; of `data` and `expert` for all else, or of `data` alone if only
+        that divides. Outermost, because then the parts of a reduce-scatter or an all-gather lie one after the
+        other in memory: no transpose before or after it. Never `layers`: the scan takes slices of it.
       table: logical axis -> mesh axes. A pipeline may put `layers` over `pipe`; a stack that `pipe` does not
         divide stays whole.
     """

@@ -30,9 +30,34 @@ class Wire:
     """The axis over which experts are split, and how rows travel along it."""
 
     axis: str
-    ranks: int
+    ranks: int  # That exchange with each other.
     transport: str  # One of `TRANSPORTS`.
     slack: float  # Room for rows over what a balanced load needs; see `exchange.capacity`.
+    node: int = 0  # Ranks of one node, where a token travels to a node once; 0: straight to each rank.
+    stride: int = 1  # From one of the ranks that exchange with each other to the next, along the axis.
+    whole: int = 0  # Ranks of the axis; 0: they all exchange with each other.
+
+    @property
+    def hops(self) -> tuple["Wire", ...]:
+        """The wires that a token takes one after the other: itself, or between nodes and then within one."""
+        if self.node in (0, 1, self.ranks):
+            return (self,)
+        part = dataclasses.replace(self, node=0, whole=self.ranks)
+        between = dataclasses.replace(part, ranks=self.ranks // self.node, stride=self.node)
+        return between, dataclasses.replace(part, ranks=self.node)
+
+    @property
+    def peers(self) -> list[list[int]] | None:
+        """Positions on the axis of those that exchange with each other, as collectives take them."""
+        if self.whole in (0, self.ranks):
+            return None
+        size = self.ranks * self.stride
+        firsts = [block + i for block in range(0, self.whole, size) for i in range(self.stride)]
+        return [list(range(first, first + size, self.stride)) for first in firsts]
+
+    def rank(self) -> Int[Array, ""]:
+        """This device's number among those that it exchanges with."""
+        return lax.axis_index(self.axis) // self.stride % self.ranks
 
 
 def choose(transport: str, platform: str) -> str:
@@ -64,9 +89,9 @@ def move(
         moved = move(lax.bitcast_convert_type(buffer, jnp.uint8).astype(jnp.int32), wire, sent, received)
         return lax.bitcast_convert_type(moved.astype(jnp.uint8), buffer.dtype)
     if wire.transport == "gather":
-        return lax.all_gather(buffer, wire.axis)[:, lax.axis_index(wire.axis)]
+        return lax.all_gather(buffer, wire.axis, axis_index_groups=wire.peers)[:, wire.rank()]
     if wire.transport == "dense":
-        return lax.all_to_all(buffer, wire.axis, 0, 0)
+        return lax.all_to_all(buffer, wire.axis, 0, 0, axis_index_groups=wire.peers)
     return _ragged(buffer, wire, sent, received)
 
 
@@ -84,12 +109,13 @@ def updates(
 
 def _ragged(buffer, wire: Wire, sent, received):
     slots = buffer.shape[1]
-    rank = lax.axis_index(wire.axis)
+    rank = wire.rank()
     pieces = 1 if platform() == "tpu" else UPDATES
     mine, theirs, send_sizes = updates(slots, rank, sent, pieces)
     receive_sizes = updates(slots, rank, received, pieces)[2]
     flat = buffer.reshape(-1, *buffer.shape[2:])
+    sizes = mine, send_sizes, theirs, receive_sizes
     moved = lax.ragged_all_to_all(
-        flat, jnp.zeros_like(flat), mine, send_sizes, theirs, receive_sizes, axis_name=wire.axis
+        flat, jnp.zeros_like(flat), *sizes, axis_name=wire.axis, axis_index_groups=wire.peers
     )
     return jax.lax.reshape(moved, buffer.shape)

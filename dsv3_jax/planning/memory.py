@@ -9,6 +9,7 @@
 The working sets are counted by hand below, from what the backward pass of a layer has at once.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from dsv3_jax.config import Config
 from dsv3_jax.parallel.exchange import capacity
 from dsv3_jax.parallel.transport import Wire, choose
 from dsv3_jax.planning import flops
+from dsv3_jax.planning.hardware import Topology
 from dsv3_jax.planning.shapes import Split, kept_for_backward, parts
 
 
@@ -38,9 +40,10 @@ class Memory(NamedTuple):
 class Rows(NamedTuple):
     """What the routed experts of a device work on in a layer."""
 
-    slots: float  # Tokens in the buffer that arrives; the tokens here where experts are not spread.
+    slots: float  # Tokens in the buffers that arrive; the tokens here where experts are not spread.
     rows: float  # (Token, expert) pairs that are multiplied.
     sent: float  # Tokens that leave for other devices.
+    far: float = 0.0  # Of these, to another node, where a token crosses to a node once.
 
 
 def tokens_of(config: Config, split: Split) -> float:
@@ -59,15 +62,28 @@ def expert_rows(config: Config, split: Split, platform: str) -> Rows:
     transport = choose(config.mesh.transport, platform)
     groups = (moe.n_groups, moe.topk_groups)
 
+    def wire(slack: float):
+        return Wire("expert", split.expert, transport, slack, config.mesh.expert_node)
+
     def room(slack: float):
-        wire = Wire("expert", split.expert, transport, slack)
-        return capacity(int(tokens), moe.top_k, moe.n_experts, wire, groups)
+        return capacity(int(tokens), moe.top_k, moe.n_experts, wire(slack), groups)
 
     buffers = room(config.mesh.dispatch_slack)
     # A dense exchange moves whole buffers, a ragged one what is in use.
-    moved = room(1.0).slots if transport == "ragged" else buffers.slots
-    ranks = split.expert
-    return Rows(ranks * buffers.slots, ranks * buffers.copies, (ranks - 1) * moved)
+    moved = room(1.0) if transport == "ragged" else buffers
+    hops, ranks = wire(1.0).hops, split.expert
+    if len(hops) == 1:
+        return Rows(ranks * buffers.slots, ranks * buffers.copies, (ranks - 1) * moved.slots)
+    nodes, node = hops[0].ranks, hops[1].ranks
+    far, near = (nodes - 1) * moved.slots, (node - 1) * nodes * moved.within
+    return Rows(nodes * buffers.slots + ranks * buffers.within, ranks * buffers.copies, far + near, far)
+
+
+def in_nodes(config: Config, split: Split, topology: Topology) -> Config:
+    """The configuration with the nodes that `expert` spans, as the devices would name them."""
+    if config.mesh.expert_node or split.expert % topology.node:
+        return config
+    return dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, expert_node=topology.node))
 
 
 def of_step(config: Config, split: Split, platform: str, probe: bool = False) -> Memory:

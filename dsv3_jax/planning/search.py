@@ -33,6 +33,7 @@ class Candidate(NamedTuple):
 
 def evaluate(config: Config, split: Split, topology: Topology, probe: bool = False) -> Candidate:
     """The analytical model of one way to run; `probe` as of `memory.of_step`."""
+    config = memory.in_nodes(config, split, topology)
     used = memory.of_step(config, split, topology.chip.platform, probe)
     moved = traffic.of_step(config, split, topology)
     bound = roofline.of_step(config, split, topology, parameter_shapes(config), moved)

@@ -168,8 +168,11 @@ def kept_for_backward(config: Config, expert: int, platform: str) -> float:
     They are the residuals of `jax.vjp` of the real loss, traced with a sequence a device: what the remat
     policy, the kernels of `platform` and the exchange between experts keep.
     """
-    mesh = MeshConfig(
-        data=1, expert=expert, transport=config.mesh.transport, dispatch_slack=config.mesh.dispatch_slack
+    node = config.mesh.expert_node
+    mesh = dataclasses.replace(
+        MeshConfig(data=1, expert=expert, expert_node=node if node and expert % node == 0 else 1),
+        transport=config.mesh.transport,
+        dispatch_slack=config.mesh.dispatch_slack,
     )
     train = dataclasses.replace(type(config.train)(), seq_len=config.train.seq_len)
     for name in ("precision", "remat", "loss_chunk"):

@@ -1,8 +1,8 @@
 """What a device sends in a training step, by collective, and the link that carries it.
 
 A ring's all-gather or reduce-scatter over n devices sends (n-1)/n of the whole from each, an all-reduce twice
-that. Between experts a token goes once to each rank that holds one of its experts; balanced routing is
-assumed.
+that. Between experts a token goes once to each node and once to each rank that holds one of its experts;
+balanced routing is assumed.
 """
 
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from typing import NamedTuple
 from dsv3_jax.config import Config
 from dsv3_jax.planning import flops
 from dsv3_jax.planning.hardware import Topology
-from dsv3_jax.planning.memory import expert_rows
+from dsv3_jax.planning.memory import expert_rows, in_nodes
 from dsv3_jax.planning.shapes import Split, parts
 
 
@@ -29,8 +29,8 @@ def of_step(config: Config, split: Split, topology: Topology) -> list[Transfer]:
     """Every collective of a step, micro-batches and layers added up; those that move nothing are left out."""
     train = config.train
     n_micro = train.batch_size // (train.micro_batch_size or train.batch_size)
-    found = [*_state(config, split, n_micro), *_experts(config, split, topology, n_micro)]
-    return [_over_links(what, axis, size, split, topology) for what, axis, size in found if size]
+    state = [_over_links(*part, split, topology) for part in _state(config, split, n_micro) if part[2]]
+    return state + _experts(in_nodes(config, split, topology), split, topology, n_micro)
 
 
 def _state(config: Config, split: Split, n_micro: int) -> list[tuple[str, str, float]]:
@@ -55,17 +55,21 @@ def _state(config: Config, split: Split, n_micro: int) -> list[tuple[str, str, f
     return found
 
 
-def _experts(config: Config, split: Split, topology: Topology, n_micro: int) -> list[tuple[str, str, float]]:
+def _experts(config: Config, split: Split, topology: Topology, n_micro: int) -> list[Transfer]:
     """Dispatch and combine, each forward and backward, and dispatch again for the backward pass."""
-    sparse = flops.layers(config.model)[1]
-    sent = expert_rows(config, split, topology.chip.platform).sent * config.model.d_model * sparse * n_micro
+    rows = expert_rows(config, split, topology.chip.platform)
+    if not rows.sent:
+        return []
+    sent = rows.sent * config.model.d_model * flops.layers(config.model)[1] * n_micro
     width = 4 if config.train.precision == "fp32" else 2
     forward = 1 if config.train.precision == "fp8" else width
     again = 0 if config.train.remat == "none" else 1
-    return [
-        ("all-to-all dispatch", "expert", sent * forward * (2 + again)),
-        ("all-to-all combine", "expert", sent * width * 2),
-    ]
+    sizes = {"dispatch": sent * forward * (2 + again), "combine": sent * width * 2}
+    found = [_over_links(f"all-to-all {way}", "expert", size, split, topology) for way, size in sizes.items()]
+    if not rows.far:
+        return found
+    far = rows.far / rows.sent
+    return [t._replace(near=(1 - far) * t.size, far=far * t.size) for t in found]
 
 
 def _over_links(what: str, axis: str, size: float, split: Split, topology: Topology) -> Transfer:

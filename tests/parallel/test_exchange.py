@@ -46,9 +46,10 @@ NAMES = ("out", "du", "dgates", "dgate_up", "ddown")
 
 
 @functools.cache
-def compiled(data, expert, transport="auto", slack=1.25, recipe=None, dtype="float32"):
+def compiled(data, expert, transport="auto", slack=1.25, node=0, recipe=None, dtype="float32"):
     """(u, gates, gate_up, down, indices, dy) -> the sum of the experts, and its gradients."""
-    config = MeshConfig(data=data, expert=expert, transport=transport, dispatch_slack=slack)
+    options = dict(transport=transport, dispatch_slack=slack, expert_node=node)
+    config = MeshConfig(data=data, expert=expert, **options)
     mesh = make_mesh(config)
 
     def run(u, gates, gate_up, down, indices, dy):
@@ -70,12 +71,18 @@ def results(load, *mesh, d=D, f=F, **options):
 
 @pytest.mark.parametrize("load", LOADS)
 @pytest.mark.parametrize(
-    ("data", "expert", "transport", "slack"),
-    [(1, 8, "dense", 1.25), (2, 4, "gather", 0.5), (4, 2, "dense", 9.0)],
+    ("data", "expert", "node", "transport", "slack"),
+    [
+        (1, 8, 1, "dense", 1.25),
+        (2, 4, 2, "gather", 0.5),
+        (4, 2, 0, "dense", 9.0),
+        (1, 8, 4, "dense", 0.4),
+        (1, 8, 2, "dense", 9.0),
+    ],
 )
-def test_values_and_gradients_equal_one_device(load, data, expert, transport, slack):
+def test_values_and_gradients_equal_one_device(load, data, expert, node, transport, slack):
     """Slack 0.5 needs further rounds even of a balanced load; 9 has room for any load, in one."""
-    ours = results(LOADS[load], data, expert, transport=transport, slack=slack)
+    ours = results(LOADS[load], data, expert, node=node, transport=transport, slack=slack)
     for name, a, b in zip(NAMES, ours, results(LOADS[load], 1, 1), strict=True):
         # The order of some float32 sums: over a token's experts, and over an expert's tokens.
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6 * np.abs(b).max(), err_msg=name)
@@ -115,10 +122,10 @@ RANKS, TOKENS = 4, 12
 
 
 @functools.cache
-def routes(slack):
-    """(indices, round, x, y) -> rounds, their number, the tokens sent, what arrived, rows of each expert, and
-    (<spread(x), y>, <x, collect(y)>)."""
-    wire = transport.Wire("expert", RANKS, "dense", slack)
+def routes(slack, node):
+    """(indices, round, x, y) -> rounds, their number, the tokens that the first hop sends, those that arrived
+    (-1: an empty slot), rows of each expert, and (<spread(x), y>, <x, collect(y)>)."""
+    wire = transport.Wire("expert", RANKS, "dense", slack, node)
     room = exchange.capacity(TOKENS, TOP_K, EXPERTS, wire)
 
     def on_rank(indices, number, x, y):
@@ -129,8 +136,11 @@ def routes(slack):
         y = jnp.where(jnp.arange(len(rows))[:, None] < to.group_sizes.sum(), y[: len(rows)], 0)
         forward, back = jnp.vdot(rows, y), jnp.vdot(x, to.collect(y))
         sums = jax.lax.psum(jnp.stack([forward, back]), "expert")
-        where = to.token.reshape(1, RANKS, -1)
-        return when.number, when.needed[None], where, to.send(x)[None], to.group_sizes, sums[None]
+        last = to.hops[-1]
+        used = jnp.arange(last.token.shape[1]) < last.received[:, None]
+        first = to.hops[0].token[None]
+        arrived = jnp.where(used.reshape(-1), to.send(x)[:, 0], -1)
+        return when.number, when.needed[None], first, arrived[None], to.group_sizes, sums[None]
 
     mesh = make_mesh(MeshConfig(data=1, expert=RANKS))
     each, everywhere = P("expert"), P()
@@ -138,9 +148,9 @@ def routes(slack):
     return room, jax.jit(jax.shard_map(on_rank, mesh=mesh, check_vma=False, **specs))
 
 
-@pytest.mark.parametrize("slack", [0.3, 1.25])
+@pytest.mark.parametrize(("slack", "node"), [(0.3, 1), (1.25, 1), (0.3, 2), (1.25, 2)])
 @pytest.mark.parametrize("hot", [0.0, 0.9, 1.0])
-def test_every_token_travels_once_to_each_rank_of_its_experts(slack, hot):
+def test_every_token_travels_once_to_each_node_and_rank_of_its_experts(slack, node, hot):
     rng = np.random.default_rng(int(10 * hot))
     weights = np.where(np.arange(EXPERTS) < TOP_K, hot, 1 - hot) + 1e-9
     picks = [rng.choice(EXPERTS, TOP_K, False, weights / weights.sum()) for _ in range(RANKS * TOKENS)]
@@ -148,8 +158,8 @@ def test_every_token_travels_once_to_each_rank_of_its_experts(slack, hot):
     # Small integers: sums are exact. A token is its own number in the first column.
     x, y = (rng.integers(-4, 5, (RANKS * n, 4)).astype(np.float32) for n in (TOKENS, 12 * TOKENS * TOP_K))
     x[:, 0] = np.arange(RANKS * TOKENS)
-    room, run = routes(slack)
-    travelled, copies, number, count = [], 0, 0, 1
+    room, run = routes(slack, node)
+    travelled, arrivals, copies, number, count = [], [], 0, 0, 1
     while number < count:
         when, counts, token, arrived, sizes, (sums, *_) = jax.device_get(run(indices, number, x, y))
         count = counts[0]
@@ -157,15 +167,29 @@ def test_every_token_travels_once_to_each_rank_of_its_experts(slack, hot):
         assert sums[0] == sums[1]  # Each is the other's transpose.
         for source, to, slot in np.argwhere(token < TOKENS):
             mine = source * TOKENS + token[source, to, slot]
-            assert when[mine, to] == number and arrived[to, source * room.slots + slot, 0] == mine
+            assert when[mine, to] == number
             travelled.append((int(mine), int(to)))
+        arrivals += [(int(arrived[to, slot]), int(to)) for to, slot in np.argwhere(arrived >= 0)]
         copies, number = copies + sizes, number + 1
     wanted = {(token, int(rank)) for token, row in enumerate(indices // (EXPERTS // RANKS)) for rank in row}
-    assert len(travelled) == len(set(travelled)) and set(travelled) == wanted
+    assert len(arrivals) == len(set(arrivals)) and set(arrivals) == wanted
+    nodes = {(token, rank // node) for token, rank in wanted}
+    assert len(travelled) == len(set(travelled)) and set(travelled) == nodes
     np.testing.assert_array_equal(copies, np.bincount(indices.reshape(-1), minlength=EXPERTS))
-    pairs = np.zeros((RANKS, RANKS), int)  # Tokens from rank to rank; a round has room for so many.
-    np.add.at(pairs, tuple(np.array([(token // TOKENS, rank) for token, rank in wanted]).T), 1)
+    pairs = np.zeros((RANKS, RANKS // node), int)  # Tokens from rank to node; a round has room for so many.
+    np.add.at(pairs, tuple(np.array([(token // TOKENS, to) for token, to in nodes]).T), 1)
     assert count >= -(-pairs.max() // room.slots) and (hot < 1 or count > 1)
+
+
+def test_who_exchanges_with_whom():
+    """Between nodes the ranks with the same place; within a node all; one hop where there is one node."""
+    wire = transport.Wire("expert", 8, "dense", 1.0, node=4)
+    between, within = wire.hops
+    assert between.peers == [[0, 4], [1, 5], [2, 6], [3, 7]] and between.ranks == 2
+    assert within.peers == [[0, 1, 2, 3], [4, 5, 6, 7]] and within.ranks == 4
+    for node in (0, 1, 8):
+        (only,) = transport.Wire("expert", 8, "dense", 1.0, node=node).hops
+        assert only.peers is None and only.ranks == 8
 
 
 @pytest.mark.parametrize(
@@ -187,7 +211,7 @@ def test_a_balanced_load_fits_in_one_round(n_experts, ranks, groups, top_k):
     assert room.slots / 1e6 == pytest.approx(hit.mean(), abs=5 * 0.5 / np.sqrt(draws))
     assert room.copies == 10**6 * top_k // ranks
     most = exchange.capacity(10**6, top_k, n_experts, transport.Wire("expert", ranks, "dense", 99.0), groups)
-    assert most == (10**6, 10**6 * min(top_k, here), 1)  # Never more than there can be.
+    assert most[:3] == (10**6, 10**6 * min(top_k, here), 1)  # Never more than there can be.
 
 
 @pytest.mark.parametrize("slots", [5, 600])

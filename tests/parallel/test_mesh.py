@@ -1,5 +1,7 @@
 """Mesh shapes, and how arrays are laid out over the axes."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -86,3 +88,23 @@ def test_activations_are_split_over_both_axes():
 def test_eight_devices_are_here():
     """Without them every test of a mesh would fail or, worse, test one device."""
     assert jax.device_count() == 8 and jax.default_backend() == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("slices", "processes", "expert", "expected"),
+    [
+        ([0, 0, 0, 0, 1, 1, 1, 1], [0, 0, 1, 1, 2, 2, 3, 3], 8, 4),  # An NVLink domain of two processes.
+        ([None] * 8, [0, 0, 1, 1, 2, 2, 3, 3], 8, 2),
+        ([None] * 8, [0] * 8, 8, 8),
+        ([None] * 8, [0, 0, 0, 1, 1, 1, 1, 1], 8, 1),  # Of different sizes: straight to each rank.
+        ([None] * 8, [0, 0, 0, 0, 1, 1, 1, 1], 4, 4),
+    ],
+)
+def test_the_nodes_that_experts_span(slices, processes, expert, expected):
+    @dataclasses.dataclass
+    class Device:
+        slice_index: int | None
+        process_index: int
+
+    devices = np.array([Device(*which) for which in zip(slices, processes, strict=True)], object)
+    assert meshes._node(devices.reshape(1, -1, expert)) == expected

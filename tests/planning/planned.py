@@ -33,9 +33,10 @@ MODEL = ModelConfig(
 CONFIG = Config(model=MODEL, train=TrainConfig(seq_len=64, batch_size=8, precision="fp32"))
 
 
-def run(remat="none", *, data=1, expert=1, sharding="replicated", **train):
+def run(remat="none", *, data=1, expert=1, sharding="replicated", expert_node=0, **train):
     """A run of that model."""
-    mesh = MeshConfig(data=data, expert=expert, sharding=sharding, transport="dense")
+    options = dict(sharding=sharding, transport="dense", expert_node=expert_node)
+    mesh = MeshConfig(data=data, expert=expert, **options)
     return dataclasses.replace(
         CONFIG, train=dataclasses.replace(CONFIG.train, remat=remat, **train), mesh=mesh
     )
