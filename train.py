@@ -50,6 +50,11 @@ def surroundings(config, workdir, place):
     """What of a configuration does not fit this machine, its files or the data."""
     # JAX takes three quarters of a GPU by default; a model that nearly fills it needs more.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.94")
+    # Collectives run beside computation only if the GPU compiler's scheduler is asked for it.
+    overlap, flags = "--xla_gpu_enable_latency_hiding_scheduler", os.environ.get("XLA_FLAGS", "")
+    gpus = any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
+    if gpus and overlap not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {overlap}=true".strip()
     import jax
 
     from dsv3_jax import compilation_cache, data

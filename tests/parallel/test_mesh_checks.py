@@ -55,6 +55,13 @@ def test_every_mesh_passes_or_is_refused_with_meshes_that_pass():
     assert outcomes == {True, False}
 
 
+def test_nodes_divide_the_ranks_of_experts():
+    for node in (-1, 4):
+        (problem,) = refused(data=1, expert=6, expert_node=node)
+        assert (problem.field, problem.value) == ("mesh.expert_node", node) and "mesh.expert = 6" in problem.fix
+    assert refused(data=1, expert=6, expert_node=3) == []
+
+
 def test_bad_sizes_and_dense_models():
     assert [p.field for p in refused(pipe=0, data=-2)] == ["mesh.pipe", "mesh.data"]
     dense = dataclasses.replace(CONFIG.model, moe=MoEConfig(n_dense_layers=3, n_experts=5))
