@@ -60,22 +60,17 @@ def gradients(
     train = config.train
     schedule = build(train.pipeline, mesh.shape["pipe"], n_micro, chunks=train.pipeline_chunks)
     table = place(schedule)
-    layers = _layers_by_rank(model.config, schedule)
+    layers = layers_by_rank(model.config, schedule)
     n_devices = mesh.shape["data"] * mesh.shape["expert"]
-    overlaps = any(len(cell) > 1 for cells in schedule.cells for cell in cells)
 
     def on_device(params: Tree, router: Tree, batch: Tree, constants: Tree):
         with use_mesh(mesh, config.mesh, manual=True):
-            functions = parts(
-                model,
-                schedule.n_stages,
-                lambda outputs, micro: loss(outputs, micro, constants),
-                1 / (n_micro * n_devices),
-                mask_documents=config.data.mask_documents,
-                unroll=overlaps,
+            share = 1 / (n_micro * n_devices)
+            own = functions(
+                config, model, schedule, lambda outputs, micro: loss(outputs, micro, constants), share
             )
-            chunks, shared = _gathered(params, router, shardings, layers)
-            sums = runner.run(table, functions, chunks, shared, batch)
+            chunks, shared = gathered(params, router, shardings, layers)
+            sums = runner.run(table, own, chunks, shared, batch)
         grads = _scattered(sums, shardings, layers)
         everywhere = sums.head, sums.body["balance"].sum()
         (losses, late), balance = lax.psum(everywhere, ("pipe", *BATCH))
@@ -96,13 +91,28 @@ def gradients(
     return Found(*mapped(variables["params"], variables.get("router", {}), batch, constants))
 
 
-def _layers_by_rank(config: Any, schedule: Schedule) -> dict[str, np.ndarray]:
+def functions(
+    config: Config,
+    model: Transformer,
+    schedule: Schedule,
+    loss: Callable[[Outputs, Tree], HasLoss],
+    balance_share: float,
+) -> runner.Parts:
+    """The model's functions for the runner; layers are unrolled where cells overlap. See `parts`."""
+    overlaps = any(len(cell) > 1 for cells in schedule.cells for cell in cells)
+    mask_documents = config.data.mask_documents
+    return parts(
+        model, schedule.n_stages, loss, balance_share, mask_documents=mask_documents, unroll=overlaps
+    )
+
+
+def layers_by_rank(config: Any, schedule: Schedule) -> dict[str, np.ndarray]:
     """By stack, [rank, chunk, place]: the layer's number, or -1."""
     held = np.array([schedule.stages_of(rank) for rank in range(schedule.n_ranks)])
     return {stack: where[held] for stack, where in layers_by_stage(config, schedule.n_stages).items()}
 
 
-def _gathered(params: Tree, router: Tree, shardings: Tree, layers: dict[str, np.ndarray]):
+def gathered(params: Tree, router: Tree, shardings: Tree, layers: dict[str, np.ndarray]):
     """(chunks, shared) of the runner, from what a device holds."""
 
     def chunk(leaf: jax.Array, where: np.ndarray, at: NamedSharding | None = None) -> jax.Array:
