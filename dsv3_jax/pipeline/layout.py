@@ -23,9 +23,10 @@ Axes = tuple[tuple[str, ...], ...]  # [dimension]: the mesh's axes over which it
 
 
 def over_pipe(shardings: Tree, shapes: Tree, mesh: Mesh) -> Tree:
-    """Shardings that also split over `pipe` the largest dimension that is whole and that `pipe` divides.
+    """Shardings that also split over `pipe` the outermost dimension that is whole and that `pipe` divides.
 
-    Never `layers`: a stage needs some of them whole. An array with no such dimension stays as it is.
+    Outermost: what travels then lies in long pieces of memory. Never `layers`: a stage needs some of them
+    whole. An array with no such dimension stays as it is.
     """
     size = mesh.shape["pipe"]
 
@@ -35,7 +36,7 @@ def over_pipe(shardings: Tree, shapes: Tree, mesh: Mesh) -> Tree:
         free = [i for i in range(first, len(axes)) if not axes[i] and leaf.shape[i] % size == 0]
         if size == 1 or not free:
             return sharding
-        axes[max(free, key=lambda i: leaf.shape[i])] = "pipe"
+        axes[free[0]] = "pipe"
         return NamedSharding(mesh, PartitionSpec(*axes))
 
     return jax.tree_util.tree_map_with_path(one, shardings, shapes)

@@ -157,7 +157,7 @@ def test_a_state_is_kept_without_regard_to_the_pipeline(tmp_path):
     halved = config("dualpipe", 4, MeshConfig(pipe=2, data=2, sharding="fsdp"))
     quartered = config("1f1b", 4, MeshConfig(pipe=4, data=1))
     plain, halves, quarters = (abstract_state(c, make_mesh(c.mesh)) for c in (config(), halved, quartered))
-    assert halves.params["moe_layers"]["moe"]["gate_up"].sharding.shard_shape((2, 4, 12, 16)) == (2, 4, 6, 8)
+    assert halves.params["moe_layers"]["moe"]["gate_up"].sharding.shard_shape((2, 4, 12, 16)) == (2, 2, 6, 16)
     rng = np.random.default_rng(0)
     values = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(leaf.dtype), plain)
     placed = jax.tree.map(lambda x, leaf: jax.device_put(x, leaf.sharding), values, halves)
