@@ -10,17 +10,17 @@ variant trains on the same tokens a step:
     expert        experts on two devices, no pipeline
     overlap       the same, and DualPipeV on one rank: forward of one micro-batch beside backward of another
 
-Memory is the allocator's peak and XLA's assignment for the step, beside a count of what the schedule says a
-rank holds. `expert`
-and `overlap` are profiled: how much of the time of collectives lies under computation, and which
-instructions the compiler put between the start and the end of each all-to-all.
+Memory is the allocator's peak and XLA's assignment for the step, beside what the planner counts. One step
+of each is profiled. Of pipelines: the idle share between the first cell and the last, beside the simulator's
+with the times that the cells took. Of all: how much of the time of collectives lies under computation; with
+experts spread, which instructions the compiler put between the start and the end of each all-to-all.
 """
 
 import argparse
 import dataclasses
 import fcntl
+import gzip
 import json
-import math
 import os
 import re
 import statistics
@@ -34,7 +34,10 @@ from typing import Any, cast
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.94")
-FLAGS = ("--xla_gpu_enable_latency_hiding_scheduler=true",)
+FLAGS = (
+    "--xla_gpu_enable_latency_hiding_scheduler=true",
+    "--xla_gpu_enable_command_buffer=",  # So that the profile names the instruction of each kernel.
+)
 
 VARIANTS = {  # Pipeline, (pipe, data, expert).
     "data": ("", (1, 2, 1)),
@@ -125,43 +128,28 @@ def compiled(config, mesh):
 
 
 def counted_memory(config, mesh) -> dict[str, float]:
-    """GiB that a rank holds by the schedule, without what one cell works with."""
+    """GiB that a device holds at the peak, as the planner counts."""
     import jax
 
-    from dsv3_jax.pipeline import build, place, simulator
-    from dsv3_jax.training.state import abstract_state
+    from dsv3_jax.pipeline import memory
+    from dsv3_jax.planning import memory as planned
+    from dsv3_jax.planning.shapes import Split
 
-    abstract = abstract_state(config, mesh)
-
-    def local(tree):
-        return sum(
-            math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-            for leaf in jax.tree.leaves(tree)
-        )
-
-    train, model = config.train, config.model
-    parts = {"state": local(abstract)}
-    if not train.pipeline:
-        parts["gradients"] = local(abstract.params)
+    platform = "gpu" if jax.default_backend() == "gpu" else "cpu"
+    if config.train.pipeline:
+        found = memory.of_rank(config, mesh, platform)
     else:
-        ranks = mesh.shape["pipe"]
-        schedule = build(train.pipeline, ranks, train.batch_size // train.micro_batch_size)
-        stacks = {name: leaf for name, leaf in abstract.params.items() if name.endswith("_layers")}
-        rest = {name: leaf for name, leaf in abstract.params.items() if name not in stacks}
-        stage = local(stacks) * ranks / schedule.n_stages
-        held = max(simulator.parameters(schedule)) * stage + ranks * local(rest)
-        parts["gradients"] = local(abstract.params)
-        parts["stages"], parts["stage gradients"] = held, held
-        width = 4 if train.precision == "fp32" else 2
-        sequences = train.micro_batch_size // (mesh.shape["data"] * mesh.shape["expert"])
-        slots = sum(max(sizes) + 1 for sizes in place(schedule).n_slots.values())
-        parts["slots"] = slots * sequences * train.seq_len * model.d_model * width
-    return {name: size / 2**30 for name, size in parts.items()}
+        split = Split(mesh.shape["data"], mesh.shape["expert"], config.mesh.sharding)
+        found = planned.of_step(config, split, platform)
+    return {name: size / 2**30 for name, size in found._asdict().items()}
 
 
-def run(name, config, mesh, step, rates, steps) -> dict:
+def run(name, config, mesh, step, rates, steps, raw) -> dict:
     import jax
     import numpy as np
+
+    from benchmarks import pipeline_profile
+    from dsv3_jax.pipeline import build
 
     state, batch = random_state(config, mesh), random_batch(config, mesh)
     n_micro = np.int32(len(batch["tokens"]))
@@ -184,99 +172,41 @@ def run(name, config, mesh, step, rates, steps) -> dict:
         "peak_gib": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0) / 2**30,
         "counted_gib": counted | {"all": sum(counted.values())},
     }
-    if name in ("expert", "overlap", "dualpipe"):
-        with tempfile.TemporaryDirectory() as folder:
-            with jax.profiler.trace(folder):
-                state, metrics = step(state, batch, n_micro, rates)
-                jax.block_until_ready(metrics)
-            row["profile"] = guarded(lambda: overlap(folder))
-        row["schedule"] = guarded(lambda: between(step.as_text()))
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            state, metrics = step(state, batch, n_micro, rates)
+            jax.block_until_ready(metrics)
+        text = step.as_text()
+        if raw:
+            keep(raw, name, folder, text)
+        found = guarded(lambda: pipeline_profile.events(folder))
+    row["profile"] = guarded(lambda: pipeline_profile.overlap(found))
+    if mesh.shape["expert"] > 1:
+        row["schedule"] = guarded(lambda: pipeline_profile.between(text))
+    if mesh.shape["pipe"] > 1:
+        schedule = build(config.train.pipeline, mesh.shape["pipe"], int(n_micro))
+        row["bubble"] = guarded(lambda: pipeline_profile.bubble(found, text, schedule))
     return row
 
 
-def guarded(function):
+def keep(folder, name, profile, text):
+    """What the figures came from: the profile, and the program with its buffers."""
+    files = {"program": text}
+    for dump in Path(os.environ["PIPELINE_DUMP"]).glob("*"):
+        if re.search(r"(buffer-assignment|memory-usage-report)\.txt$", dump.name):
+            files[dump.name] = dump.read_text()
+    with gzip.open(folder / f"{name}.json.gz", "wt", compresslevel=6) as file:
+        json.dump(files, file)
+    for found in Path(profile).rglob("*.xplane.pb"):
+        (folder / f"{name}.xplane.pb.gz").write_bytes(gzip.compress(found.read_bytes(), 6))
+
+
+def guarded(function) -> Any:
     """Its result, or what went wrong: a profile that cannot be read costs no measurement."""
     try:
         return function()
     except Exception:
         return {"error": traceback.format_exc()[-600:]}
-
-
-def overlap(folder) -> dict:
-    """Of every device: milliseconds of collectives, and how many of them lie under other kernels."""
-    from jax.profiler import ProfileData
-
-    found = {}
-    for file in Path(folder).rglob("*.xplane.pb"):
-        for plane in ProfileData.from_file(str(file)).planes:
-            if "GPU" not in plane.name:
-                continue
-            collectives, others = [], []
-            for line in plane.lines:
-                if not line.name.lower().startswith("stream"):
-                    continue
-                for event in line.events:
-                    span = event.start_ns, event.start_ns + event.duration_ns
-                    (collectives if "nccl" in event.name.lower() else others).append(span)
-            total = sum(end - start for start, end in merged(collectives))
-            hidden = sum(shared(merged(collectives), merged(others)))
-            found[plane.name] = {
-                "collectives_ms": total / 1e6,
-                "under_computation_ms": hidden / 1e6,
-                "computation_ms": sum(end - start for start, end in merged(others)) / 1e6,
-                "kernels": len(others),
-                "collective_kernels": len(collectives),
-            }
-    return found
-
-
-def merged(spans):
-    """Spans without overlap, in order."""
-    out = []
-    for start, end in sorted(spans):
-        if out and start <= out[-1][1]:
-            out[-1][1] = max(out[-1][1], end)
-        else:
-            out.append([start, end])
-    return out
-
-
-def shared(first, second):
-    """Lengths of what lies in both."""
-    i = j = 0
-    while i < len(first) and j < len(second):
-        start, end = max(first[i][0], second[j][0]), min(first[i][1], second[j][1])
-        if end > start:
-            yield end - start
-        if first[i][1] < second[j][1]:
-            i += 1
-        else:
-            j += 1
-
-
-def between(text) -> list[dict]:
-    """For each asynchronous all-to-all: its direction, and what the compiler put inside it."""
-    pairs, open_starts = [], {}
-    for line in text.splitlines():
-        if re.match(r"^\S.*\{$", line):
-            open_starts = {}
-        match = re.match(r"\s+(?:ROOT )?%?(\S+) = (.*)", line)
-        if not match:
-            continue
-        name, rest = match.groups()
-        where = re.search(r'op_name="([^"]*)"', rest)
-        path = where.group(1) if where else ""
-        scope = "backward" if "backward" in path else "forward" if "forward" in path else "other"
-        if re.search(r"(all-to-all|async)-start\(", rest) and "all-to-all" in name + rest:
-            open_starts[name] = {"scope": scope, "inside": {"forward": 0, "backward": 0, "other": 0}}
-            continue
-        done = re.search(r"(?:all-to-all|async)-done\(.*?%?([\w.-]+)\)", rest)
-        if done and done.group(1) in open_starts:
-            pairs.append(open_starts.pop(done.group(1)))
-        elif re.search(r" (fusion|custom-call|dot|while)\(", rest):
-            for pair in open_starts.values():
-                pair["inside"][scope] += 1
-    return pairs
 
 
 def measure(name, arguments, overrides) -> dict:
@@ -305,7 +235,7 @@ def measure(name, arguments, overrides) -> dict:
         while time.time() < arguments.until and not free(compiling):
             time.sleep(0.2)
         fcntl.flock(running, fcntl.LOCK_EX)
-        row = run(name, config, mesh, step, rates, arguments.steps)
+        row = run(name, config, mesh, step, rates, arguments.steps, arguments.raw)
     versions = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
     return row | {"seconds": seconds} | versions
 
@@ -320,6 +250,26 @@ def free(file) -> bool:
     return True
 
 
+def report(results):
+    """The variants side by side."""
+    results = {name: row for name, row in results.items() if "error" not in row}
+    print(f"\n{'':10}{'tokens/s':>10}{'loss':>9}{'GiB':>8}{'assigned':>10}{'counted':>9}{'compile':>9}")
+    for name, row in results.items():
+        memory = f"{row['peak_gib']:>8.1f}{row['assigned_gib']:>10.1f}{row['counted_gib']['all']:>9.1f}"
+        speed, loss = row["tokens_per_second"], row["loss"]
+        print(f"{name:10}{speed:>10.0f}{loss:>9.4f}{memory}{row['seconds']['compile']:>9.0f}")
+    head = "".join(f"{what + ': measured':>17}{'in step':>9}{'free':>9}" for what in ("ms", "idle"))
+    print(f"\n{'':10}{head}")
+    for name, row in results.items():
+        if "measured" in row.get("bubble", {}):
+            three = [row["bubble"][kind] for kind in ("measured", "in_step", "free")]
+            times = "{:>17.1f}{:>9.1f}{:>9.1f}".format(*(one["step_ms"] for one in three))
+            print(f"{name:10}{times}" + "{:>17.4f}{:>9.4f}{:>9.4f}".format(*(one["idle"] for one in three)))
+    for name, row in results.items():
+        if "error" in row.get("bubble", {}):
+            print(f"{name}: {row['bubble']['error']}")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("--config", default="configs/small_gpu.py")
@@ -331,6 +281,7 @@ def main() -> int:
     parser.add_argument("--compile-seconds", type=float, default=150, help="then those that are ready run")
     parser.add_argument("--seconds", type=float, default=280, help="for all")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--raw", type=Path, help="a folder for profiles, programs and buffers")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--locks", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, default=0.0, help=argparse.SUPPRESS)
@@ -350,8 +301,14 @@ def main() -> int:
         children = {}
         for name in arguments.variants.split(","):
             command = [sys.executable, __file__, *sys.argv[1:], *more, f"--child={name}"]
+            own = environment
+            if arguments.raw:
+                arguments.raw.mkdir(parents=True, exist_ok=True)
+                dump = f"--xla_dump_to={folder}/{name} --xla_dump_hlo_module_re=jit_step"
+                own = own | {"XLA_FLAGS": f"{own.get('XLA_FLAGS', '')} {dump}"}
+                own["PIPELINE_DUMP"] = f"{folder}/{name}"
             with open(Path(folder) / f"{name}.log", "w") as log:
-                children[name] = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+                children[name] = subprocess.Popen(command, env=own, stdout=log, stderr=log)
         waiting = dict(children)
         while waiting and time.time() - began < arguments.seconds:
             time.sleep(0.5)
@@ -372,12 +329,7 @@ def main() -> int:
             child.kill()
             log = (Path(folder) / f"{name}.log").read_text()
             print(f"{name}: stopped after {arguments.seconds} s: {log[-1500:]}")
-    print(f"\n{'':10}{'tokens/s':>10}{'loss':>9}{'GiB':>8}{'assigned':>10}{'counted':>9}{'compile':>9}")
-    for name, row in results.items():
-        if "error" not in row:
-            memory = f"{row['peak_gib']:>8.1f}{row['assigned_gib']:>10.1f}{row['counted_gib']['all']:>9.1f}"
-            speed, loss = row["tokens_per_second"], row["loss"]
-            print(f"{name:10}{speed:>10.0f}{loss:>9.4f}{memory}{row['seconds']['compile']:>9.0f}")
+    report(results)
     return 0
 
 

@@ -132,7 +132,7 @@ def run(table: Table, parts: Parts, chunks: Tree, shared: Tree, batch: Tree, axi
     rank = lax.axis_index(axis)
     rows = {name: jnp.asarray(column)[:, rank] for name, column in columns.items()}
     rows["route"] = jnp.asarray(pattern)
-    own = _Rank(parts, schedule.n_stages, chunks, shared, batch)
+    own = Rank(parts, schedule.n_stages, chunks, shared, batch)
 
     def tick(state: _State, row: Tree):
         nothing = jnp.zeros(state.inputs.shape[1:], state.inputs.dtype)
@@ -141,11 +141,13 @@ def run(table: Table, parts: Parts, chunks: Tree, shared: Tree, batch: Tree, axi
             # A loop of one turn or none, and no `lax.switch`: XLA copies what passes through a conditional,
             # here the sums of all gradients, and updates what a loop carries in place.
             turns = (row["kind"] == number).astype(jnp.int32)
-            made = lax.fori_loop(0, turns, own.cell(kinds, row), made)
+            with jax.named_scope("cell_" + kinds):  # Profiles are read by these names.
+                made = lax.fori_loop(0, turns, own.cell(kinds, row), made)
         state, activation, gradient = made
         sent = {"input": activation, "gradient": gradient}
         # Only ranks that have something for each other meet in a tick; no other waits.
-        arrived = lax.switch(row["route"], [_travel(route, channels, axis) for route in routes], sent)
+        with jax.named_scope("send"):
+            arrived = lax.switch(row["route"], [_travel(route, channels, axis) for route in routes], sent)
         slots = {"input": state.inputs, "gradient": state.gradients}
         for (kind, hop), value in zip(channels, arrived, strict=True):
             slots[kind] = slots[kind].at[row[f"{kind}{hop}"]].set(value)
@@ -173,7 +175,7 @@ class _State(NamedTuple):
 Made = tuple[_State, jax.Array, jax.Array]  # With the activation and the gradient that a tick sends.
 
 
-class _Rank:
+class Rank:
     """The computations of one rank; stages, chunks and micro-batches are traced numbers."""
 
     def __init__(self, parts: Parts, n_stages: int, chunks: Tree, shared: Tree, batch: Tree):
@@ -249,27 +251,34 @@ class _Rank:
         chunk, x = _pick(self._chunks, row["b_chunk"]), before.inputs[row["b_input"]]
         # The last stage's output feeds the loss alone.
         dy = jnp.where(stage == self._last, 0, before.gradients[row["b_gradient"]])
-
-        def outputs(chunk: Tree, shared: Tree, x: jax.Array):
-            y, loss, *_ = self._stage(stage, chunk, shared, x, micro)
-            return y, loss
-
-        one = jnp.ones((), jnp.float32)
+        found = self._vjp(kind, stage, chunk, x, micro)((dy, jnp.ones((), jnp.float32)))
         if kind == "I":
-            _, back = jax.vjp(lambda x: outputs(chunk, self._shared, x), x)
-            return state, back((dy, one))[0]
-        dx = jnp.zeros_like(x)
-        if kind == "W":
-            _, back = jax.vjp(lambda chunk, shared: outputs(chunk, shared, x), chunk, self._shared)
-            d_chunk, d_shared = back((dy, one))
-        else:
-            _, back = jax.vjp(outputs, chunk, self._shared, x)
-            d_chunk, d_shared, dx = back((dy, one))
+            return state, found[0]
+        d_chunk, d_shared, dx = found if kind == "B" else (*found, jnp.zeros_like(x))
         chunk_grads = jax.tree.map(
             lambda sums, new: sums.at[row["b_chunk"]].add(new), state.chunk_grads, d_chunk
         )
         shared_grads = jax.tree.map(jnp.add, state.shared_grads, d_shared)
         return state._replace(chunk_grads=chunk_grads, shared_grads=shared_grads), dx
+
+    def _vjp(self, kind: str, stage: jax.Array, chunk: Tree, x: jax.Array, micro: Tree):
+        """The backward of a stage: (dy, d loss) -> the gradients of B, I or W."""
+
+        def outputs(chunk: Tree, shared: Tree, x: jax.Array):
+            y, loss, *_ = self._stage(stage, chunk, shared, x, micro)
+            return y, loss
+
+        if kind == "I":
+            return jax.vjp(lambda x: outputs(chunk, self._shared, x), x)[1]
+        if kind == "W":
+            return jax.vjp(lambda chunk, shared: outputs(chunk, shared, x), chunk, self._shared)[1]
+        return jax.vjp(outputs, chunk, self._shared, x)[1]
+
+    def residuals(self, kind: str, stage: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+        """An activation, and what the forward pass inside a backward keeps for its other half."""
+        micro, chunk = _pick(self._batch, 0), _pick(self._chunks, 0)
+        x = _zeros(jax.eval_shape(self._parts.embed, self._shared, micro))
+        return x, jax.tree.leaves(self._vjp(kind, stage, chunk, x, micro))
 
 
 def _zeros(shapes: Tree) -> Tree:

@@ -4,7 +4,7 @@ Each rank works off its cells in order, each cell as soon as its operands are th
 cost no computation. Numbers may be ints, floats or `fractions.Fraction`s; with the last everything is exact.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -63,6 +63,18 @@ class Durations:
 
 
 @dataclass(frozen=True)
+class CellTimes:
+    """Measured times of whole cells, to be simulated in the place of `Durations`."""
+
+    times: Mapping[tuple[tuple[str, int], ...], Time]  # By the (kind, stage) of the cell's operations.
+    send: Time = 0
+
+    def of(self, cell: Cell, sizes: Sequence[Time] | None = None) -> Time:
+        """Of a cell; the times are of real stages, so `sizes` is not needed."""
+        return self.times[tuple((op.kind, op.stage) for op in cell)]
+
+
+@dataclass(frozen=True)
 class Timeline:
     """A simulated step."""
 
@@ -90,7 +102,9 @@ class Timeline:
         return float(sum(self.idle) / (self.makespan * self.schedule.n_ranks))
 
 
-def simulate(schedule: Schedule, durations: Durations, sizes: Sequence[Time] | None = None) -> Timeline:
+def simulate(
+    schedule: Schedule, durations: Durations | CellTimes, sizes: Sequence[Time] | None = None
+) -> Timeline:
     """Runs a schedule in time.
 
     Args:
@@ -127,11 +141,14 @@ def simulate(schedule: Schedule, durations: Durations, sizes: Sequence[Time] | N
     return Timeline(schedule, tuple(map(tuple, spans)))
 
 
-def simulate_in_step(table: Table, durations: Durations, sizes: Sequence[Time] | None = None) -> Timeline:
+def simulate_in_step(
+    table: Table, durations: Durations | CellTimes, sizes: Sequence[Time] | None = None
+) -> Timeline:
     """A schedule where every rank waits for all others at the end of each tick in which something is sent.
 
-    So it runs on fake CPU devices, whose collectives are a meeting of all. Where cells of one tick differ in
-    length, as F and B of 1F1B do, it takes longer than `simulate` says; sends are free.
+    So it runs on fake CPU devices, whose collectives are a meeting of all, and on two GPUs, where a send is a
+    meeting of both. Where cells of one tick differ in length, as F and B of 1F1B do, it takes longer than
+    `simulate` says. A meeting itself takes `durations.send`, and every rank waits for it.
     """
     schedule = table.schedule
     stops = {send.tick for send in table.sends}
@@ -143,7 +160,7 @@ def simulate_in_step(table: Table, durations: Durations, sizes: Sequence[Time] |
                 spans[rank].append((now[rank], now[rank] + durations.of(cell, sizes)))
                 now[rank] = spans[rank][-1][1]
         if tick in stops:
-            now = [max(now)] * schedule.n_ranks
+            now = [max(now) + durations.send] * schedule.n_ranks
     return Timeline(schedule, tuple(map(tuple, spans)))
 
 

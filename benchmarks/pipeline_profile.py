@@ -1,0 +1,243 @@
+"""What a profile of one step through a pipeline says: when each rank did which cell, what hid what."""
+
+import re
+import statistics
+import warnings
+from bisect import bisect_right
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+from dsv3_jax.pipeline import CellTimes, Schedule, place, simulate
+from dsv3_jax.pipeline.simulator import simulate_in_step
+
+
+class Event(NamedTuple):
+    """An instruction that a device ran; a GPU's kernel, or its like on a CPU."""
+
+    device: int
+    start: float  # Milliseconds.
+    end: float
+    name: str
+    instruction: str  # Of the compiled program; "" where the profile does not say.
+
+
+def events(folder: str | Path) -> list[Event]:
+    """All of a profile, in order of time."""
+    from jax.profiler import ProfileData
+
+    found = []
+    for file in Path(folder).rglob("*.xplane.pb"):
+        for plane in ProfileData.from_file(str(file)).planes:
+            gpu = re.fullmatch(r"/device:GPU:(\d+)", plane.name)
+            if not gpu and plane.name != "/host:CPU":
+                continue
+            for line in plane.lines:
+                if gpu and not line.name.lower().startswith("stream"):
+                    continue
+                for event in line.events:
+                    with warnings.catch_warnings():
+                        warnings.simplefilter("ignore", DeprecationWarning)
+                        stats = dict(event.stats)
+                    instruction = str(stats.get("hlo_op", ""))
+                    if not gpu and not instruction:
+                        continue
+                    device = int(gpu.group(1)) if gpu else int(stats.get("device_ordinal", 0))
+                    start = event.start_ns / 1e6
+                    end = start + event.duration_ns / 1e6
+                    found.append(Event(device, start, end, event.name, instruction))
+    return sorted(found, key=lambda event: event.start)
+
+
+# ---------------------------------------------------------------- cells
+
+
+def cells_of_instructions(text: str) -> dict[str, str]:
+    """The kind of cell of each instruction of a compiled program: those of the loops that the runner named.
+
+    What the compiler moved out of such a loop belongs to no cell.
+    """
+    bodies, current = {}, ""
+    for line in text.splitlines():
+        head = re.match(r"^(?:ENTRY )?%?(\S+) \(.*\{$", line)
+        if head:
+            current = head.group(1)
+            bodies[current] = []
+        elif current:
+            bodies[current].append(line)
+    kinds: dict[str, str] = {}
+
+    def walk(computation: str, kind: str) -> None:
+        for line in bodies.pop(computation, ()):
+            match = re.match(r"\s+(?:ROOT )?%?([^\s=]+) = ", line)
+            if match:
+                kinds[match.group(1)] = kind
+            for called in re.findall(CALLED, line):
+                for name in called.replace("%", "").split(","):
+                    walk(name.strip(), kind)
+
+    loops = re.findall(r' while\(.*body=%?([^\s,]+).*op_name="[^"]*\bcell_([FBIW]+)/while"', text)
+    for body, kind in loops:
+        walk(body, kind)
+    return kinds
+
+
+# The computations that an instruction runs.
+CALLED = r"\b(?:body|condition|calls|to_apply|\w+_computations?)=\{?([^\s,{}]+(?:, ?%[^\s,{}]+)*)"
+
+
+Spans = list[list[tuple[float, float]]]
+
+
+def cell_spans(found: list[Event], kinds: dict[str, str], schedule: Schedule) -> Spans:
+    """[rank][cell]: when it started and ended, in milliseconds; device and rank have the same number.
+
+    An instruction that a rank ran as often as it has cells of the kind ran once in each: such ones tell where
+    a cell begins, and all others of the kind belong to the cell that began last.
+
+    Raises:
+      ValueError: the profile does not show the schedule's cells in its order.
+    """
+    spans: Spans = []
+    for rank, cells in enumerate(schedule.cells):
+        wanted = ["".join(op.kind for op in cell) for cell in cells]
+        seen: list[tuple[float, float, str]] = []
+        for kind in sorted(set(wanted)):
+            mine = [event for event in found if event.device == rank and kinds.get(event.instruction) == kind]
+            runs = defaultdict(list)
+            for event in mine:
+                runs[event.instruction].append(event.start)
+            count = wanted.count(kind)
+            once = [starts for starts in runs.values() if len(starts) == count]
+            if not once:
+                counts = sorted({len(starts) for starts in runs.values()})
+                raise ValueError(f"rank {rank}: {count} cells {kind}, instructions ran {counts} times")
+            begins = [min(starts) for starts in zip(*once, strict=True)]
+            parts = defaultdict(list)
+            for event in mine:
+                parts[max(bisect_right(begins, event.start) - 1, 0)].append(event)
+            seen += [(min(e.start for e in part), max(e.end for e in part), kind) for part in parts.values()]
+        seen.sort()
+        if [kind for *_, kind in seen] != wanted:
+            raise ValueError(f"rank {rank}: cells {[kind for *_, kind in seen]}, in the schedule {wanted}")
+        spans.append([(start, end) for start, end, _ in seen])
+    return spans
+
+
+def bubble(found: list[Event], text: str, schedule: Schedule) -> dict:
+    """The idle share of a profiled step beside the simulator's, with the times of cells and of a meeting.
+
+    Idle is what lies outside of cells, from the first start to the last end. `in_step` simulates ranks that
+    meet wherever one sends; `free`, ranks that wait for their operands only.
+    """
+    spans, table = cell_spans(found, cells_of_instructions(text), schedule), place(schedule)
+    length = max(row[-1][1] for row in spans) - min(row[0][0] for row in spans)
+    busy = [sum(end - start for start, end in row) for row in spans]
+    times = defaultdict(list)
+    for cells, row in zip(schedule.cells, spans, strict=True):
+        for cell, (start, end) in zip(cells, row, strict=True):
+            times[tuple((op.kind, op.stage) for op in cell)].append(end - start)
+    means = {key: statistics.mean(values) for key, values in times.items()}
+    meetings = _meetings(spans, table)
+    measured = CellTimes(means, statistics.median(meetings))
+    together, free = simulate_in_step(table, measured), simulate(schedule, measured)
+    return {
+        "measured": {"step_ms": length, "idle": 1 - sum(busy) / (length * len(busy))},
+        "in_step": {"step_ms": together.makespan, "idle": together.bubble_fraction},
+        "free": {"step_ms": free.makespan, "idle": free.bubble_fraction},
+        "cell_ms": {"&".join(f"{kind}{stage}" for kind, stage in key): t for key, t in means.items()},
+        "cell_spread": {
+            "&".join(f"{kind}{stage}" for kind, stage in key): max(values) / min(values)
+            for key, values in times.items()
+        },
+        "meeting_ms": measured.send,
+    }
+
+
+def _meetings(spans: Spans, table) -> list[float]:
+    """Of each tick in which something is sent: from the end of its last cell to the first start after it."""
+    stops, place_of = {send.tick for send in table.sends}, [0] * len(spans)
+    ticks: list[list[tuple[float, float]]] = []
+    for row in table.ticks:
+        ticks.append([])
+        for rank, cell in enumerate(row):
+            if cell:
+                ticks[-1].append(spans[rank][place_of[rank]])
+                place_of[rank] += 1
+    pairs = zip(ticks, ticks[1:], strict=False)
+    return [
+        min(start for start, _ in after) - max(end for _, end in before)
+        for tick, (before, after) in enumerate(pairs)
+        if tick in stops
+    ]
+
+
+# ---------------------------------------------------------------- collectives
+
+
+def overlap(found: list[Event]) -> dict:
+    """Of every device: milliseconds of collectives, and how many of them lie under other kernels."""
+    devices = {}
+    for device in sorted({event.device for event in found}):
+        collectives, others = [], []
+        for event in found:
+            if event.device == device:
+                kind = collectives if "nccl" in event.name.lower() else others
+                kind.append((event.start, event.end))
+        devices[device] = {
+            "collectives_ms": sum(end - start for start, end in merged(collectives)),
+            "under_computation_ms": sum(shared(merged(collectives), merged(others))),
+            "computation_ms": sum(end - start for start, end in merged(others)),
+            "kernels": len(others),
+            "collective_kernels": len(collectives),
+        }
+    return devices
+
+
+def merged(spans):
+    """Spans without overlap, in order."""
+    out = []
+    for start, end in sorted(spans):
+        if out and start <= out[-1][1]:
+            out[-1][1] = max(out[-1][1], end)
+        else:
+            out.append([start, end])
+    return out
+
+
+def shared(first, second):
+    """Lengths of what lies in both."""
+    i = j = 0
+    while i < len(first) and j < len(second):
+        start, end = max(first[i][0], second[j][0]), min(first[i][1], second[j][1])
+        if end > start:
+            yield end - start
+        if first[i][1] < second[j][1]:
+            i += 1
+        else:
+            j += 1
+
+
+def between(text: str) -> list[dict]:
+    """For each asynchronous all-to-all: its direction, and what the compiler put inside it."""
+    pairs, open_starts = [], {}
+    for line in text.splitlines():
+        if re.match(r"^\S.*\{$", line):
+            open_starts = {}
+        match = re.match(r"\s+(?:ROOT )?%?(\S+) = (.*)", line)
+        if not match:
+            continue
+        name, rest = match.groups()
+        where = re.search(r'op_name="([^"]*)"', rest)
+        path = where.group(1) if where else ""
+        scope = "backward" if "backward" in path else "forward" if "forward" in path else "other"
+        if re.search(r"(all-to-all|async)-start\(", rest) and "all-to-all" in name + rest:
+            open_starts[name] = {"scope": scope, "inside": {"forward": 0, "backward": 0, "other": 0}}
+            continue
+        done = re.search(r"(?:all-to-all|async)-done\(.*?%?([\w.-]+)\)", rest)
+        if done and done.group(1) in open_starts:
+            pairs.append(open_starts.pop(done.group(1)))
+        elif re.search(r" (fusion|custom-call|dot|while)\(", rest):
+            for pair in open_starts.values():
+                pair["inside"][scope] += 1
+    return pairs
