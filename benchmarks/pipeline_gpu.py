@@ -147,8 +147,8 @@ def counted_memory(config, mesh) -> dict[str, float]:
 def run(name, config, mesh, step, rates, steps, raw) -> dict:
     import jax
     import numpy as np
+    import pipeline_profile
 
-    from benchmarks import pipeline_profile
     from dsv3_jax.pipeline import build
 
     state, batch = random_state(config, mesh), random_batch(config, mesh)
