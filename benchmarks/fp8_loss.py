@@ -1,14 +1,15 @@
 """The loss of training in FP8 beside bf16, from the same parameters and on the same text.
 
     PYTHONPATH=. python benchmarks/fp8_loss.py [--config=configs/proxy_300m.py] [--seconds 500]
-        [--variants bf16,fp8,again,coarse] [--shared 1000] [--out results.json] [--plot loss.png]
-        [--config.FIELD=VALUE ...]
+        [--variants bf16,fp8,coarse:500,again:800,tensor:400] [--shared 1000] [--out results.json]
+        [--plot loss.png] [--config.FIELD=VALUE ...]
 
-`coarse` is the control: one scale a tensor, and sums left to the tensor cores. `again` is bf16 with another
-attention kernel, which adds in another order: how far two bf16 runs drift apart is the noise of the gap. The
-variants run one after another in one process, each as long as the seconds last. Results are written as they
-come, and each program is compiled while the one before it trains. The gap is that of the losses smoothed
-over `WINDOW` steps, relative to bf16. `--add FILE` takes the variants that are not run from earlier results.
+`tensor` is a control, one scale a tensor; `coarse` another, whose sums are left to the tensor cores besides.
+`again` is bf16 with another attention kernel, which adds in another order: how far two bf16 runs drift apart
+is the noise of the gap. The variants run one after another in one process: those with a number of steps share
+what the others leave of the seconds. Results are written as they come, and each program is compiled while the
+one before it trains. The gap is that of the losses smoothed over `WINDOW` steps, relative to bf16.
+`--add FILE` takes the variants that are not run from earlier results.
 
 With `--shared N` the first N steps are bf16's, and the variants part there: a run from nothing goes through
 transitions, as when attention learns to copy, whose moment differs from one bf16 run to the next.
@@ -32,6 +33,11 @@ VARIANTS = {
     "bf16": ["train.precision=bf16"],
     "fp8": ["train.precision=fp8"],
     "again": ["train.precision=bf16", "model.attention.implementation=cudnn"],
+    "tensor": [
+        "train.precision=fp8",
+        "fp8.activation_scales=tensor",
+        "fp8.weight_scales=tensor",
+    ],
     "coarse": [
         "train.precision=fp8",
         "fp8.activation_scales=tensor",
@@ -39,6 +45,8 @@ VARIANTS = {
         "fp8.promotion=False",
     ],
 }
+LABELS = {"again": "bf16 again (noise)", "shared": "bf16, shared start", "tensor": "fp8, a scale a tensor"}
+LABELS["coarse"] = "fp8, a scale a tensor, no promotion"
 WINDOW = 50
 AHEAD = 20  # Steps that the host may be ahead of the device.
 SAVED = 200  # Steps between writings of the results.
@@ -81,17 +89,11 @@ class Text:
         self._all.result()
 
 
-def shared(step_function, state, text, steps: int):
-    """The state after the first steps."""
-    for step in range(steps):
-        state, found = step_function(state, *text[step])
-        if step % AHEAD == 0:
-            found.grad_norm.block_until_ready()
-    return state
+def train(config, step_function, state, text, first: int, steps: int, deadline: float, save):
+    """Trains `steps` steps from step `first`, or until the time is over; saves now and then.
 
-
-def train(config, step_function, state, text, first: int, deadline: float, save) -> None:
-    """Trains from step `first` until the configuration's steps or the time are over; saves now and then."""
+    Returns the state.
+    """
     metrics, rows = [], []
     run: dict[str, Any] = {"tokens_a_step": config.train.batch_size * config.train.seq_len, "first": first}
 
@@ -101,7 +103,7 @@ def train(config, step_function, state, text, first: int, deadline: float, save)
         save(run)
 
     started = time.monotonic()
-    for step in range(first, config.train.steps):
+    for step in range(first, min(first + steps, config.train.steps)):
         state, found = step_function(state, *text[step])
         metrics.append((found.losses.ce_loss, found.max_vio.mean(), found.grad_norm))
         if len(metrics) > AHEAD:
@@ -111,6 +113,7 @@ def train(config, step_function, state, text, first: int, deadline: float, save)
         if len(metrics) % SAVED == 0:
             collect()
     collect()
+    return state
 
 
 def smoothed(losses):
@@ -134,7 +137,7 @@ def compare(runs: dict) -> dict:
         summary[name] = {"steps": len(run["losses"]), "last_loss": float(curve[-1])}
         summary[name]["last_max_vio"] = run["losses"][-1][1]
         summary[name]["milliseconds_a_step"] = 1e3 * run["seconds"] / len(run["losses"])
-        if "bf16" in found and name != "bf16":
+        if "bf16" in found and name not in ("bf16", "shared"):
             both = min(len(curve), len(found["bf16"]))
             gap = 100 * (curve[:both] / found["bf16"][:both] - 1)
             quarters = np.array_split(gap, 4)
@@ -158,8 +161,8 @@ def plot(runs: dict, path: str) -> None:
     figure, (above, below) = plt.subplots(2, 1, sharex=True, figsize=(8, 6))
     for name, curve in found.items():
         steps = np.arange(len(curve)) + WINDOW + runs[name].get("first", 0)
-        (line,) = above.plot(steps, curve, label="bf16 again (noise)" if name == "again" else name)
-        if name != "bf16" and "bf16" in found:
+        (line,) = above.plot(steps, curve, label=LABELS.get(name, name))
+        if "bf16" in found and name not in ("bf16", "shared"):
             both = min(len(curve), len(found["bf16"]))
             gap = 100 * (curve[:both] / found["bf16"][:both] - 1)
             below.plot(steps[:both], gap, color=line.get_color())
@@ -193,8 +196,11 @@ def main() -> None:
     from dsv3_jax.training.state import abstract_state, init_state
     from dsv3_jax.training.step import make_train_step
 
-    configs = {}
-    for name in arguments.variants.split(","):
+    configs, limits = {}, {}
+    for variant in arguments.variants.split(","):
+        name, _, steps = variant.partition(":")
+        if steps:
+            limits[name] = int(steps)
         fields = [f"--config.{field}" for field in VARIANTS[name]]
         configs[name], _ = trainer.parse([f"--config={arguments.config}", *overrides, *fields])
     first = next(iter(configs.values()))
@@ -216,6 +222,8 @@ def main() -> None:
 
     def compiled(config):
         started = time.monotonic()
+        if started > deadline:
+            return None, 0.0
         step: Any = make_train_step(config, mesh)
         program = step.lower(abstract_state(config, mesh), *text[0]).compile()
         return program, time.monotonic() - started
@@ -223,17 +231,23 @@ def main() -> None:
     start = None
     with ThreadPoolExecutor(1) as pool:
         programs = {name: pool.submit(compiled, config) for name, config in configs.items()}
-        for name, config in configs.items():
+        for index, (name, config) in enumerate(configs.items()):
             program, seconds = programs[name].result()
             text.wait()
             left = deadline - time.monotonic()
             print(f"{name}: compiled in {seconds:.0f} s, {left:.0f} s left", flush=True)
-            if left <= 0:
+            if program is None or left <= 0:
                 continue
             if start is None:  # Of the first variant.
-                start = shared(program, init_state(config, mesh), text, arguments.shared)
+                start = init_state(config, mesh)
+                if arguments.shared:
+                    until = 0, arguments.shared, deadline
+                    start = train(config, program, start, text, *until, lambda run: save("shared", run))
+            steps, until = config.train.steps, deadline
+            if name in limits:  # The others after it get as much of what is left.
+                steps, until = limits[name], time.monotonic() + left / (len(configs) - index)
             own = jax.tree.map(jnp.copy, start)  # The step overwrites what it is given.
-            where = arguments.shared, deadline
+            where = arguments.shared, steps, until
             train(config, program, own, text, *where, lambda run, name=name: save(name, run))
             print(name, json.dumps(compare(runs).get(name)), flush=True)
     if arguments.plot:
