@@ -1,9 +1,11 @@
 """`Generator`: prompts in, tokens or text out, at once or as they come."""
 
 import functools
+import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -17,47 +19,18 @@ from dsv3_jax.generation.cache import DTYPES, LatentCache, init_cache
 from dsv3_jax.generation.decode import DecodeState, Emitted
 from dsv3_jax.generation.kernel_check import check_kernels
 from dsv3_jax.generation.prefill import prefill
+from dsv3_jax.generation.results import Completion, Statistics
 from dsv3_jax.generation.sampling import RequestError, SamplingParams, make_sampler
 from dsv3_jax.generation.speculation import window
 from dsv3_jax.generation.text import Follower, Piece, stops
 from dsv3_jax.generation.weights import prepare
+from pallas_kernels import implementations
 
 Prompt = str | Sequence[int] | np.ndarray  # Text, or token ids.
 CAPACITY_STEP = 256  # Capacities are multiples of it, so that few programs are compiled.
-
-
-@dataclass
-class Statistics:
-    """Counts of a generator since it was made. Seconds are of decoding; with `generate` of compiling too."""
-
-    tokens: int = 0
-    seconds: float = 0.0
-    steps: int = 0  # Sequences times steps.
-    accepted: list[int] = field(default_factory=list)  # Drafts accepted, by position.
-
-    def acceptance(self) -> list[float]:
-        """The share of accepted drafts, by position."""
-        return [count / max(self.steps, 1) for count in self.accepted]
-
-    def summary(self) -> str:
-        """One line for a person."""
-        speed = self.tokens / max(self.seconds, 1e-9)
-        line = f"{self.tokens} tokens in {self.seconds:.2f} s: {speed:.1f} tokens/s"
-        if self.accepted:
-            rates = ", ".join(f"{rate:.1%}" for rate in self.acceptance())
-            line += f"; drafts accepted by position: {rates}"
-            line += f"; {self.tokens / max(self.steps, 1):.2f} tokens a step"
-        return line
-
-
-@dataclass(frozen=True)
-class Completion:
-    """What follows a prompt; the stop token or string is no part of it."""
-
-    tokens: list[int]
-    log_probs: list[float]
-    text: str  # Empty without a tokenizer.
-    finish_reason: str  # "stop", or "length" when the limit of tokens or of the context was reached.
+# The products of a small model are too small for XLA to share among the cores of a CPU: there a batch is
+# completed in parts of at least so many texts, a core each. All parts read the weights, of so many bytes.
+PART, SMALL = 4, 256 << 20
 
 
 def check_prompt(prompt: Sequence[int] | np.ndarray, config: ModelConfig) -> np.ndarray:
@@ -154,6 +127,7 @@ class Generator:
         self.eos_id = eos_id if tokenizer is None else tokenizer.eos_id
         check_kernels(config, dtype, self.cache_dtype)
         self.weights = jax.jit(prepare, static_argnums=(1, 2))(variables, config, jnp.dtype(dtype))
+        self._bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self.weights))
         self.statistics = Statistics(accepted=[0] * speculate)
 
     def encode(self, prompt: Prompt) -> np.ndarray:
@@ -179,12 +153,18 @@ class Generator:
         requests = self._requests(prompts, params)
         if any(request.stop_strings for request in requests):
             return self._by_stream(prompts, requests)
-        state, emitted = self._start(prompts, requests)
-        started = time.perf_counter()
-        room = 1 << max(int(state.left.max()) - 1, 0).bit_length()
-        _, texts = _run(self.weights, state, self.config, room)
-        emitted, texts = jax.device_get((emitted, texts))
-        self._count(texts.n_tokens.sum(), texts.steps.sum(), texts.accepted.sum(0), started)
+        encoded = [self.encode(prompt) for prompt in prompts]
+        size = -(-len(requests) // self._parts(len(requests)))
+        starts = range(0, len(requests), size)
+        longest = min(max(request.max_new_tokens for request in requests), self.config.max_seq_len)
+        room = 1 << (longest - 1).bit_length()
+        with ThreadPoolExecutor(len(starts)) as pool:
+            jobs = [
+                pool.submit(self._run, encoded[i : i + size], requests[i : i + size], room) for i in starts
+            ]
+        emitted, texts, seconds = (list(each) for each in zip(*(job.result() for job in jobs), strict=True))
+        emitted, texts = _joined(emitted), _joined(texts)
+        self._count(texts.n_tokens.sum(), texts.steps.sum(), texts.accepted.sum(0), max(seconds))
         _need_finite(emitted.finite & texts.finite)
         out = []
         for row, request in enumerate(requests):
@@ -193,6 +173,23 @@ class Generator:
             log_probs = [*emitted.log_probs[row].tolist(), *texts.log_probs[row, :n].tolist()]
             out.append(self._completion(tokens, log_probs, request))
         return out
+
+    def _parts(self, texts: int) -> int:
+        """Parts of a batch that run at once."""
+        if implementations.platform() != "cpu" or self._bytes > SMALL:
+            return 1
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return max(1, min(cores, texts // PART))
+
+    def _run(
+        self, encoded: list[np.ndarray], requests: list[SamplingParams], room: int
+    ) -> tuple[Any, Any, float]:
+        """(Emitted of the first tokens, Texts of the others, seconds of these) of prompts, on the host."""
+        state, emitted = self._start(encoded, requests)
+        started = time.perf_counter()
+        _, texts = _run(self.weights, state, self.config, room)
+        found = jax.device_get((emitted, texts))
+        return *found, time.perf_counter() - started
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Piece]:
         """Completes one prompt, piece by piece; the last piece has a `finish_reason`."""
@@ -205,7 +202,7 @@ class Generator:
     ) -> Iterator[dict[int, Piece]]:
         """For each step, the pieces of the prompts that it continued, by their number."""
         requests = self._requests(prompts, params)
-        state, emitted = self._start(prompts, requests)
+        state, emitted = self._start([self.encode(prompt) for prompt in prompts], requests)
         followers = [Follower(request, self.tokenizer, self.eos_id) for request in requests]
         open_rows = set(range(len(requests)))
         first, started = True, 0.0
@@ -218,7 +215,8 @@ class Generator:
             if not first:
                 rows = now.accepted >= 0
                 by_depth = [(now.accepted > j).sum() for j in range(self.drafts)]
-                self._count(now.n_tokens.sum(), rows.sum(), by_depth, started)
+                seconds = time.perf_counter() - started
+                self._count(now.n_tokens.sum(), rows.sum(), by_depth, seconds)
                 started = time.perf_counter()
             _need_finite(now.finite)
             pieces = {row: followers[row].push(now, row) for row in open_rows if now.accepted[row] >= 0}
@@ -250,9 +248,10 @@ class Generator:
             raise RequestError(f"{len(prompts)} prompts and {len(params)} parameters: give one for each")
         return list(params)
 
-    def _start(self, prompts, requests: list[SamplingParams]) -> tuple[DecodeState, Emitted]:
+    def _start(
+        self, encoded: list[np.ndarray], requests: list[SamplingParams]
+    ) -> tuple[DecodeState, Emitted]:
         """Prefills and samples the first token of each."""
-        encoded = [self.encode(prompt) for prompt in prompts]
         lengths = np.array([len(tokens) for tokens in encoded], np.int32)
         padded = np.zeros((len(encoded), lengths.max()), np.int32)
         for row, tokens in zip(padded, encoded, strict=True):
@@ -295,12 +294,12 @@ class Generator:
         table = jnp.arange(cache.page_table.size, dtype=jnp.int32).reshape(cache.page_table.shape)
         return replace(cache, page_table=table)
 
-    def _count(self, tokens, steps, accepted, started: float) -> None:
+    def _count(self, tokens, steps, accepted, seconds: float) -> None:
         statistics = self.statistics
         statistics.tokens += int(tokens)
         statistics.steps += int(steps)
         statistics.accepted = [old + int(new) for old, new in zip(statistics.accepted, accepted, strict=True)]
-        statistics.seconds += time.perf_counter() - started
+        statistics.seconds += seconds
 
     def _completion(self, tokens: list[int], log_probs: list[float], request: SamplingParams) -> Completion:
         stopped = tokens[-1] in stops(request, self.eos_id)
@@ -308,6 +307,11 @@ class Generator:
             tokens, log_probs = tokens[:-1], log_probs[:-1]
         text = "" if self.tokenizer is None else self.tokenizer.decode(tokens)
         return Completion(tokens, log_probs, text, "stop" if stopped else "length")
+
+
+def _joined(parts: list[Any]) -> Any:
+    """One batch of several, on the host."""
+    return jax.tree.map(lambda *rows: np.concatenate(rows), *parts)
 
 
 def _need_finite(finite: np.ndarray) -> None:

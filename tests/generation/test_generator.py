@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from dsv3_jax.data.tokenizers import ByteTokenizer
 from dsv3_jax.generation import Generator, RequestError, SamplingParams, TextStream, decode
+from dsv3_jax.generation.generator import PART
 from tests.generation.models import CONFIGS, generator, teacher_forced, variables
 from tests.model.test_transformer import changed, make_variables
 
@@ -73,13 +74,25 @@ def test_steps_between_two_looks_at_the_condition_change_nothing(monkeypatch):
     prompts = [[1, 2, 3], [4] * 17, [5]]
     expected = [c.tokens for c in made.generate(prompts, requests)]
     monkeypatch.setattr(decode, "BURSTS", {"cpu": 4})
-    state, first = made._start(prompts, requests)
+    state, first = made._start([made.encode(prompt) for prompt in prompts], requests)
     state, texts = jax.jit(decode.run, static_argnums=(2, 3))(made.weights, state, made.config, 16)
     found = [
         [int(first.tokens[row, 0]), *texts.tokens[row, : texts.n_tokens[row]].tolist()] for row in range(3)
     ]
     assert found == expected and texts.steps.tolist() == [0, 5, 2]
     assert state.cache.lengths.tolist() == [3, 22, 3]
+
+
+def test_parts_of_a_batch_at_once(monkeypatch):
+    made = generator("small")
+    requests = [dataclasses.replace(GREEDY, max_new_tokens=n) for n in (1, 6, 3)]
+    prompts = [[1, 2, 3], [4] * 17, [5]]
+    expected, before = made.generate(prompts, requests), dataclasses.replace(made.statistics)
+    assert made._parts(3) == 1 and made._parts(100) <= 100 // PART
+    monkeypatch.setattr(made, "_parts", lambda texts: 2)
+    assert [c.tokens for c in made.generate(prompts, requests)] == [c.tokens for c in expected]
+    # All but the first token of each are counted.
+    assert (made.statistics.tokens - before.tokens, made.statistics.steps - before.steps) == (7, 7)
 
 
 def test_the_context_ends_the_text():
