@@ -10,7 +10,11 @@ from dsv3_jax.config import MoEConfig
 from dsv3_jax.model.experts import experts_on_rows
 from dsv3_jax.model.layers import ffn, swiglu
 from dsv3_jax.model.router import route
+from pallas_kernels import implementations
 from pallas_kernels.gather_matvec import gather_matvec
+
+# A product for each choice pays up to one choice for so many experts: a CPU copies the matrices.
+SHARES = {"cpu": 4, "gpu": 1, "tpu": 1}
 
 
 def moe(w: Any, u: Float[Array, "batch seq d"], config: MoEConfig) -> Float[Array, "batch seq d"]:
@@ -20,7 +24,7 @@ def moe(w: Any, u: Float[Array, "batch seq d"], config: MoEConfig) -> Float[Arra
     """
     routing = route(u, w["centroids"], w["bias"], config)
     x, indices, gates = (part.reshape(-1, part.shape[-1]) for part in (u, routing.indices, routing.gates))
-    few = indices.size <= config.n_experts
+    few = SHARES[implementations.platform()] * indices.size <= config.n_experts
     apart = "shared" in w
     if config.n_shared and not apart:
         shared = config.n_experts + jnp.arange(config.n_shared, dtype=indices.dtype)

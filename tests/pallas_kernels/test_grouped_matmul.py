@@ -62,7 +62,7 @@ def test_forward_and_gradients(implementation, transpose):
 
 @pytest.mark.parametrize("transpose", [False, True])
 def test_groups_of_a_few_rows(transpose):
-    """One batched product while no group has more than 8 rows; else, and past the sum, as ever."""
+    """One batched product for the first 6 rows of all groups; what is beyond, and past the sum, as ever."""
     rng = np.random.default_rng(1)
     x, w = rng.standard_normal((18, 24)), rng.standard_normal((7, 24, 10))
     rhs = jnp.asarray(w.swapaxes(1, 2) if transpose else w, jnp.float32)
