@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from pallas_kernels import implementations
 
 # Cache entries of a step, or as many whole pages: what a CPU's cache holds; elsewhere few launches.
-BLOCKS = {"cpu": 256, "gpu": 2048, "tpu": 2048}
+BLOCKS = {"cpu": 128, "gpu": 2048, "tpu": 2048}
 
 _dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
