@@ -174,6 +174,7 @@ class FP8Config:
     promotion: bool = True  # Each 128 products are summed apart. False: a control, of tensor scales.
     gradient_dtype: str = "e4m3"  # Of output gradients; or "e5m2", as per-tensor recipes have it.
     power_of_two: bool = True  # Scales of what goes to experts and of the attention output.
+    attention_output: str = "fp8"  # How Wgrad of w_o gets it; or "e5m6", or "bf16" (attention's own copy).
     swiglu_input: str = "fp8"  # How it is kept for the backward pass; or "bf16".
     implementation: str = "auto"  # Of the FP8 products and quantisation in `pallas_kernels`.
 

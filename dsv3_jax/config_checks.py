@@ -186,6 +186,7 @@ _CHOICES = {
     "fp8.activation_scales": ("tile", "tensor"),
     "fp8.weight_scales": ("block", "tensor"),
     "fp8.gradient_dtype": ("e4m3", "e5m2"),
+    "fp8.attention_output": ("fp8", "e5m6", "bf16"),
     "fp8.swiglu_input": ("fp8", "bf16"),
     "mesh.sharding": ("replicated", "zero1", "fsdp"),
     "mesh.transport": ("auto", "dense", "ragged", "gather"),

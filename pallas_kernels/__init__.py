@@ -8,11 +8,14 @@ One folder an operation. Each holds the public op (`__init__.py`: contract, chec
 from pallas_kernels.fp8_grouped_matmul import fp8_grouped_matmul, fp8_grouped_wgrad
 from pallas_kernels.fp8_matmul import fp8_matmul
 from pallas_kernels.fp8_quantize import (
+    PackedE5M6,
     Quantized,
     dequantize,
+    pack_rows_e5m6,
     quantize_blocks,
     quantize_columns,
     quantize_rows,
+    unpack_rows_e5m6,
 )
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.implementations import (
@@ -23,6 +26,7 @@ from pallas_kernels.mla_attention import mla_attention
 from pallas_kernels.mla_decode import mla_decode
 
 __all__ = [
+    "PackedE5M6",
     "Quantized",
     "UnsupportedError",
     "dequantize",
@@ -32,8 +36,10 @@ __all__ = [
     "grouped_matmul",
     "mla_attention",
     "mla_decode",
+    "pack_rows_e5m6",
     "quantize_blocks",
     "quantize_columns",
     "quantize_rows",
+    "unpack_rows_e5m6",
     "target_platform",
 ]

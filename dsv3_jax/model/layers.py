@@ -53,14 +53,14 @@ def linear(
     w: Float[Array, "d *out"],
     recipe: FP8Config | None = None,
     *,
-    power_of_two: bool = False,
+    after_attention: bool = False,
 ) -> Float[Array, "..."]:
-    """`x @ w` in the dtype of x; `power_of_two` as for `precision.linear`."""
+    """`x @ w` in the dtype of x; `after_attention` as for `precision.linear`."""
     if recipe is None:
         return jnp.tensordot(x, w.astype(x.dtype), 1)
 
     def product(x, w):
-        return precision.linear(x, w, recipe, power_of_two)
+        return precision.linear(x, w, recipe, after_attention)
 
     y = _on_each_device(product, x, w.reshape(w.shape[0], -1))
     return y.reshape(*x.shape[:-1], *w.shape[1:])

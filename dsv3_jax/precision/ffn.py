@@ -90,10 +90,13 @@ def _bwd(recipe: FP8Config, name, saved, dy):
     # 2. SwiGLU, computed again, and its gradient.
     hidden = dequantize(kept) if isinstance(kept, Quantized) else kept.astype(jnp.float32)
     weighted, dhidden, dgates = _swiglu_gradient(hidden, gates, dweighted)
-    ddown = fp8.weight_gradient(weighted, dy if routes is None else dy8, sizes, recipe)
+    regrouped = recipe.power_of_two and routes is not None
+    arrived = dy if routes is None else dy8
+    ddown = fp8.weight_gradient(weighted, arrived, sizes, recipe, power_of_two=regrouped)
     # 3. The product with `gate_up`.
     drows = fp8.product(fp8.gradient(dhidden, recipe), fp8.weight(gate_up, recipe), sizes, recipe, dy.dtype)
-    dgate_up = fp8.weight_gradient(_mapped("expand", x8, routes), dhidden, sizes, recipe)
+    x8 = _mapped("expand", x8, routes)
+    dgate_up = fp8.weight_gradient(x8, dhidden, sizes, recipe, power_of_two=regrouped)
     return _summed(drows, routes), dgates, dgate_up, ddown, None
 
 

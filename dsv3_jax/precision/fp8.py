@@ -6,7 +6,7 @@
 
 Scales come from the tile at hand, products are summed in float32. Activations and their gradients are
 bfloat16 between the products; weights and their gradients are float32. The backward pass keeps of x
-its FP8 copy only, and quantises w again.
+its FP8 copy only (E5M6 of the attention output, if asked for), and quantises w again.
 """
 
 import functools
@@ -17,13 +17,16 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import FP8Config
 from pallas_kernels import (
+    PackedE5M6,
     Quantized,
     fp8_grouped_matmul,
     fp8_grouped_wgrad,
     fp8_matmul,
+    pack_rows_e5m6,
     quantize_blocks,
     quantize_columns,
     quantize_rows,
+    unpack_rows_e5m6,
 )
 
 _DTYPES = {"e4m3": jnp.float8_e4m3fn, "e5m2": jnp.float8_e5m2}
@@ -76,18 +79,27 @@ def product(lhs: Quantized, rhs: Quantized, sizes: Sizes, recipe: FP8Config, dty
 
 
 def weight_gradient(
-    x: Quantized | Float[Array, "rows k"],
+    x: Quantized | PackedE5M6 | Float[Array, "rows k"],
     g: Quantized | Float[Array, "rows n"],
     sizes: Sizes,
     recipe: FP8Config,
+    *,
+    power_of_two: bool = False,
 ) -> Float[Array, "*groups k n"]:
-    """Wgrad, float32. What is quantised by rows already is quantised again, by columns."""
+    """Wgrad, float32. What is quantised by rows already is quantised again, by columns.
+
+    With `power_of_two` the scales of what is quantised again are again powers of two: FP8 numbers are then
+    not rounded a second time, but for what falls below the new tile's range.
+    """
+    by_row = [power_of_two and isinstance(operand, tuple) for operand in (x, g)]
     options = {
         "per_tensor": recipe.activation_scales == "tensor",
         "implementation": recipe.implementation,
     }
-    left = quantize_columns(x, sizes, **options)
-    right = quantize_columns(g, sizes, dtype=_DTYPES[recipe.gradient_dtype], **options)
+    x = unpack_rows_e5m6(x) if isinstance(x, PackedE5M6) else x
+    left = quantize_columns(x, sizes, power_of_two=by_row[0], **options)
+    options["dtype"] = _DTYPES[recipe.gradient_dtype]
+    right = quantize_columns(g, sizes, power_of_two=by_row[1], **options)
     options = {"out_dtype": jnp.float32, "promote": recipe.promotion, "implementation": recipe.implementation}
     if sizes is None:
         return fp8_matmul(left, right, **options)
@@ -96,7 +108,7 @@ def weight_gradient(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def linear(
-    x: Float[Array, "rows k"], w: Float[Array, "k n"], recipe: FP8Config, power_of_two: bool = False
+    x: Float[Array, "rows k"], w: Float[Array, "k n"], recipe: FP8Config, after_attention: bool = False
 ) -> Float[Array, "rows n"]:
     """`x @ w` with all three products in FP8, in the dtype of x.
 
@@ -104,22 +116,24 @@ def linear(
       x: activations.
       w: float32 master weights.
       recipe: the recipe.
-      power_of_two: the scales of x are powers of two, so that regrouping them for Wgrad loses nothing but
-        what falls below the new tile's range.
+      after_attention: x is the output of attention: its scales are powers of two if the recipe says so, and
+        Wgrad takes it as `recipe.attention_output` says.
     """
-    return _linear_fwd(x, w, recipe, power_of_two)[0]
+    return _linear_fwd(x, w, recipe, after_attention)[0]
 
 
-def _linear_fwd(x, w, recipe, power_of_two):
-    x8 = activation(x, recipe, power_of_two=power_of_two)
-    return product(x8, weight(w, recipe, transpose=True), None, recipe, x.dtype), (x8, w)
+def _linear_fwd(x, w, recipe, after_attention):
+    x8 = activation(x, recipe, power_of_two=after_attention and recipe.power_of_two)
+    keep = recipe.attention_output if after_attention else "fp8"
+    kept = x8 if keep == "fp8" else x if keep == "bf16" else pack_rows_e5m6(x)
+    return product(x8, weight(w, recipe, transpose=True), None, recipe, x.dtype), (kept, w)
 
 
-def _linear_bwd(recipe, power_of_two, saved, dy):
-    del power_of_two
-    x8, w = saved
+def _linear_bwd(recipe, after_attention, saved, dy):
+    kept, w = saved
     dx = product(gradient(dy, recipe), weight(w, recipe), None, recipe, dy.dtype)
-    return dx, weight_gradient(x8, dy, None, recipe)
+    regrouped = after_attention and recipe.power_of_two
+    return dx, weight_gradient(kept, dy, None, recipe, power_of_two=regrouped)
 
 
 linear.defvjp(_linear_fwd, _linear_bwd)

@@ -22,14 +22,17 @@ from pallas_kernels.fp8_quantize.reference import TILE, padded_rows
 
 __all__ = [
     "TILE",
+    "PackedE5M6",
     "Quantized",
     "dequantize",
     "pack_e5m6",
+    "pack_rows_e5m6",
     "padded_rows",
     "quantize_blocks",
     "quantize_columns",
     "quantize_rows",
     "unpack_e5m6",
+    "unpack_rows_e5m6",
 ]
 
 _MODULES = {"reference": reference, "mosaic_gpu": mosaic_gpu}
@@ -45,6 +48,18 @@ class Quantized(NamedTuple):
       values: `[rows, k]`, or a stack `[..., rows, k]`.
       scales: `[ceil(k/128), rows]` when every row has a scale for each 128 columns (rows innermost, as
         the matrix kernels fetch them), or `[..., ceil(rows/128), ceil(k/128)]`, one a 128x128 block.
+    """
+
+    values: Array
+    scales: Array
+
+
+class PackedE5M6(NamedTuple):
+    """Twelve-bit numbers and the power-of-two scales of their 1x128 tiles.
+
+    Attributes:
+      values: uint8 `[rows, k * 3 / 2]`, see `pack_e5m6`.
+      scales: float32 `[ceil(k/128), rows]`.
     """
 
     values: Array
@@ -186,3 +201,23 @@ def unpack_e5m6(
 ) -> Float[Array, "*stack k"]:
     """The numbers that `pack_e5m6` packed, exact in float16, bfloat16 and float32."""
     return e5m6.unpack(packed).astype(dtype)
+
+
+def pack_rows_e5m6(x: Float[Array, "rows k"]) -> PackedE5M6:
+    """Twelve bits a number with a power-of-two scale for every 1x128 tile: what DeepSeek-V3 keeps of the
+    attention output for the backward pass (arXiv 2412.19437, section 3.3.3). `k` must be even.
+
+    The largest number of a tile lies within a factor of two of 65,024, the largest that is finite.
+    """
+    if x.ndim != 2 or x.shape[1] % 2:
+        raise ValueError(f"pack_rows_e5m6: {x.shape}, expected [rows, k] with an even k")
+    scaled, scales = reference.scaled_rows(x.astype(jnp.float32), e5m6.LARGEST, power_of_two=True)
+    return PackedE5M6(e5m6.pack(scaled), scales)
+
+
+def unpack_rows_e5m6(
+    packed: PackedE5M6, dtype: jax.typing.DTypeLike = jnp.bfloat16
+) -> Float[Array, "rows k"]:
+    """The numbers of `pack_rows_e5m6`: with power-of-two scales exact in bfloat16 and float32."""
+    numbers = e5m6.unpack(packed.values)
+    return reference.dequantize(numbers, packed.scales).astype(dtype)

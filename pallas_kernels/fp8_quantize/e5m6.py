@@ -6,6 +6,7 @@ It is float16 with its last four bits rounded away. Plain `jax.numpy`: XLA fuses
 import jax.numpy as jnp
 from jax import lax
 
+LARGEST = 65024.0
 _DROPPED = 13 + 4  # Bits of a float32 mantissa that E5M6 lacks.
 _SMALLEST_NORMAL = 2.0**-14
 _SUBNORMAL_STEP = 2.0**-20

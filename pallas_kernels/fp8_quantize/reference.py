@@ -39,13 +39,19 @@ def rows(x, *, power_of_two, dtype, swiglu=False, per_tensor=False):
     if swiglu:
         gate, up = jnp.split(x, 2, axis=1)
         x = jax.nn.silu(gate) * up
+    largest = float(jnp.finfo(dtype).max)
+    values, scales = scaled_rows(x, largest, power_of_two=power_of_two, per_tensor=per_tensor)
+    return values.astype(dtype), scales
+
+
+def scaled_rows(x, largest: float, *, power_of_two, per_tensor=False):
+    """1x128 tiles divided by the scale that maps their largest magnitude to `largest`; and the scales."""
     tiles = _tiles(x)
     amax = jnp.max(jnp.abs(tiles), axis=-1)
     if per_tensor:
         amax = jnp.broadcast_to(jnp.max(amax), amax.shape)
-    scale, inverse = scale_and_inverse(amax, float(jnp.finfo(dtype).max), power_of_two)
-    values = (tiles * inverse[..., None]).reshape(x.shape[0], -1)[:, : x.shape[1]]
-    return values.astype(dtype), scale.T
+    scale, inverse = scale_and_inverse(amax, largest, power_of_two)
+    return (tiles * inverse[..., None]).reshape(x.shape[0], -1)[:, : x.shape[1]], scale.T
 
 
 def row_blocks(group_sizes, rows: int):

@@ -33,6 +33,18 @@ def rounded(x, block, dtype="e4m3", power_of_two=False):
     return out
 
 
+def e5m6(x):
+    """x [rows, k] through E5M6 and back, 1x128 tiles scaled by powers of two to at most 65,024."""
+    out = np.empty_like(x, np.float64)
+    for c in range(0, x.shape[1], 128):
+        tile = np.asarray(x[:, c : c + 128], np.float64)
+        scale = 2.0 ** np.ceil(np.log2(np.abs(tile).max(1, keepdims=True) / 65024))
+        exponent = np.maximum(np.frexp(tile / scale)[1] - 1, -14)
+        step = scale * 2.0 ** (exponent - 6)
+        out[:, c : c + 128] = np.round(tile / step) * step  # Halves to even, as numpy rounds.
+    return out
+
+
 def along(x, per_tensor=False, **options):
     """1x128 tiles."""
     return rounded(x, None if per_tensor else (1, 128), **options)
@@ -51,11 +63,14 @@ def product(a, b):
     return np.asarray(a, np.float64) @ np.asarray(b, np.float64)
 
 
-def linear(x, w, dy, *, activations_whole=False, weights_whole=False, gradient="e4m3", power_of_two=False):
-    """(y, dx, dw) of a linear layer."""
+def linear(
+    x, w, dy, *, activations_whole=False, weights_whole=False, gradient="e4m3", power_of_two=False, kept=None
+):
+    """(y, dx, dw) of a linear layer; `kept` is what Wgrad takes for x, its FP8 copy by default."""
     x8 = along(x, activations_whole, power_of_two=power_of_two)
     w8, g8 = blocks(w, weights_whole), along(dy, activations_whole, dtype=gradient)
-    dw = product(across(x8, activations_whole).T, across(dy, activations_whole, dtype=gradient))
+    kept = across(x8 if kept is None else kept, activations_whole, power_of_two=power_of_two)
+    dw = product(kept.T, across(dy, activations_whole, dtype=gradient))
     return product(x8, w8), product(g8, w8.T), dw
 
 
@@ -80,7 +95,8 @@ def ffn(x, gate_up, down, dy, *, gates=None, power_of_two=False, keep_fp8=True):
     g *= scale[:, None]
     dhidden = np.concatenate([g * up * slope, g * silu], axis=1).astype(np.float32)
     weighted = (silu * up * scale[:, None]).astype(np.float32)
-    ddown = product(across(weighted).T, across(dy if gates is None else g8))
+    arrived = across(dy) if gates is None else across(g8, power_of_two=power_of_two)
+    ddown = product(across(weighted).T, arrived)
     dx = product(along(dhidden), w8.T)
-    dgate_up = product(across(x8).T, across(dhidden))
+    dgate_up = product(across(x8, power_of_two=power_of_two).T, across(dhidden))
     return out, dx, dgates, dgate_up, ddown

@@ -11,11 +11,13 @@ from pallas_kernels.fp8_quantize import (
     Quantized,
     dequantize,
     pack_e5m6,
+    pack_rows_e5m6,
     padded_rows,
     quantize_blocks,
     quantize_columns,
     quantize_rows,
     unpack_e5m6,
+    unpack_rows_e5m6,
 )
 
 needs_mosaic_gpu = pytest.mark.skipif(
@@ -180,6 +182,25 @@ def test_e5m6_ties_go_to_even():
     np.testing.assert_array_equal(_there_and_back(x), [1, 1 + 2 * step])
 
 
+def test_e5m6_rows_have_a_scale_a_tile():
+    """Seven significant bits within 2^30 of a tile's largest number, scales that bring it below 65,024."""
+    x = _operand(6, 200).at[3].set(0).at[4, 5].set(jnp.nan)
+    packed = jax.jit(pack_rows_e5m6)(x)
+    assert packed.values.shape == (6, 300) and packed.scales.shape == (2, 6)
+    scales = np.asarray(packed.scales)[:, [0, 1, 2, 5]]
+    needed = _tiles(x)[:, [0, 128]].T[:, [0, 1, 2, 5]] / 65024
+    assert np.all(np.frexp(scales)[0] == 0.5) and np.all((scales >= needed) & (scales < 2 * needed))
+    wide = np.asarray(unpack_rows_e5m6(packed, jnp.float32), np.float64)
+    np.testing.assert_array_equal(
+        wide, np.asarray(unpack_rows_e5m6(packed), np.float64)
+    )  # Exact in bfloat16.
+    plain, bad = np.asarray(x, np.float64), np.zeros(x.shape, bool)
+    bad[4, :128] = True
+    assert np.array_equal(np.isnan(wide), bad) and np.all(wide[3] == 0)
+    half_step = np.maximum(np.abs(plain) * 2.0**-7, _tiles(x) * 2.0**-35)
+    assert np.all(np.abs(wide - plain)[~bad] <= half_step[~bad])
+
+
 def test_bad_calls_are_refused_with_the_reason():
     x = jnp.ones((4, 130))
     with pytest.raises(ValueError, match="expected float8_e4m3fn"):
@@ -190,6 +211,8 @@ def test_bad_calls_are_refused_with_the_reason():
         dequantize(Quantized(x, jnp.ones((3, 3))))
     with pytest.raises(ValueError, match="even number"):
         pack_e5m6(x[:, :129])
+    with pytest.raises(ValueError, match="pack_rows_e5m6"):
+        pack_rows_e5m6(x[:, :129])
     with pytest.raises(ValueError, match="quantize_columns: scales"):
         quantize_columns(Quantized(quantize_rows(x).values, jnp.ones((4, 2))))
     if not ON_GPU:

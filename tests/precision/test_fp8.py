@@ -50,10 +50,14 @@ def with_gradients(function, cotangent, *arguments):
 @dataclasses.dataclass(frozen=True)
 class Linear:
     recipe: FP8Config
-    power_of_two: bool = False
+    after_attention: bool = False
 
     def __call__(self, x, w):
-        return layers.linear(x, w, self.recipe, power_of_two=self.power_of_two)
+        return layers.linear(x, w, self.recipe, after_attention=self.after_attention)
+
+
+def recipe_of(attention_output):
+    return dataclasses.replace(RECIPE, attention_output=attention_output)
 
 
 LINEAR = {
@@ -73,15 +77,29 @@ def linear_operands():
     return x, w, dy
 
 
-@pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize("after_attention", [False, True])
 @pytest.mark.parametrize("name", LINEAR)
-def test_linear(name, power_of_two):
+def test_linear(name, after_attention):
     fields, oracle = LINEAR[name]
     x, w, dy = linear_operands()
-    found = with_gradients(Linear(dataclasses.replace(RECIPE, **fields), power_of_two), dy, x, w)
+    found = with_gradients(Linear(dataclasses.replace(RECIPE, **fields), after_attention), dy, x, w)
     flat = x.reshape(160, 200), w.reshape(200, 140), dy.reshape(160, 140)
-    for got, want in zip(found, fp8.linear(*flat, power_of_two=power_of_two, **oracle), strict=True):
+    for got, want in zip(found, fp8.linear(*flat, power_of_two=after_attention, **oracle), strict=True):
         close(got, want)
+
+
+def test_attention_output_is_kept_as_the_recipe_says():
+    """Wgrad of w_o, from E5M6; and from the output itself, which attention's backward pass keeps anyway."""
+    x, w, dy = linear_operands()
+    flat = x.reshape(160, 200), w.reshape(200, 140), dy.reshape(160, 140)
+    kept = {"e5m6": fp8.e5m6(flat[0]), "bf16": None}
+    for name, copy in kept.items():
+        _, _, dw = with_gradients(Linear(recipe_of(name), True), dy, x, w)
+        exact = fp8.across(flat[0]) if copy is None else fp8.across(copy, power_of_two=True)
+        close(dw, fp8.product(exact.T, fp8.across(flat[2])))
+    saved = jax.eval_shape(lambda *operands: jax.vjp(Linear(recipe_of("e5m6"), True), *operands)[1], x, w)
+    kinds = {(leaf.shape, leaf.dtype.name) for leaf in jax.tree.leaves(saved)}
+    assert ((160, 300), "uint8") in kinds and not any(name.startswith("float8") for _, name in kinds)
 
 
 def test_tiles_keep_what_one_scale_loses():
@@ -210,7 +228,10 @@ def test_the_recipe_is_asked_for_by_name():
 
 
 def test_bad_recipes_are_refused():
-    bad = FP8Config("row", "tile", promotion=False, gradient_dtype="e3m4", swiglu_input="fp16")
+    bad = FP8Config(
+        "row", "tile", promotion=False, gradient_dtype="e3m4", attention_output="e4m3", swiglu_input="fp16"
+    )
     fields = {problem.field for problem in check(dataclasses.replace(config("fp8"), fp8=bad))}
-    names = ("activation_scales", "weight_scales", "promotion", "gradient_dtype", "swiglu_input")
+    names = ("activation_scales", "weight_scales", "promotion", "gradient_dtype", "attention_output")
+    names += ("swiglu_input",)
     assert fields == {f"fp8.{name}" for name in names}
