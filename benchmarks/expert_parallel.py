@@ -20,8 +20,6 @@ median over blocks of five steps after the first two.
 """
 
 import argparse
-import contextlib
-import fcntl
 import json
 import os
 import statistics
@@ -29,7 +27,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -172,19 +169,8 @@ def bandwidths(tokens: int, width: int) -> dict[str, dict[str, float]]:
     return found
 
 
-@contextlib.contextmanager
-def locked(file: Path, how: int) -> Iterator[None]:
-    """Holds a lock of this machine's processes, shared or alone."""
-    with open(file, "w") as held:
-        fcntl.flock(held, how)
-        yield
-
-
-def measured(steps: int, argv: list[str], locks: Path) -> dict:
-    """A training run on real text: speed, losses, balance, memory, and the kernels of a step on all GPUs.
-
-    It compiles beside the others, and runs alone once all have compiled.
-    """
+def measured(steps: int, argv: list[str]) -> dict:
+    """A training run on real text: speed, losses, balance, memory, and the kernels of a step on all GPUs."""
     from benchmarks import timing  # Before JAX allocates.
 
     # isort: split
@@ -211,40 +197,38 @@ def measured(steps: int, argv: list[str], locks: Path) -> dict:
         batch, count = loop.put_batch(config, mesh, loader.take(sequences), sequences)
         return batch, count, loop.schedules_at(config, step, step * tokens)
 
-    with locked(locks / "compiling", fcntl.LOCK_SH):
+    started = time.perf_counter()
+    jitted: Any = make_train_step(config, mesh)
+    step_function = jitted.lower(abstract_state(config, mesh), *inputs(0)).compile()
+    found: dict = {"compile_seconds": time.perf_counter() - started, "mesh": dict(mesh.shape)}
+    if not steps:
+        return found
+    state = init_state(config, mesh)
+    memory, rates, losses, metrics = step_function.memory_analysis(), [], [], None
+    for first in range(0, steps, BLOCK):
         started = time.perf_counter()
-        jitted: Any = make_train_step(config, mesh)
-        step_function = jitted.lower(abstract_state(config, mesh), *inputs(0)).compile()
-        found: dict = {"compile_seconds": time.perf_counter() - started, "mesh": dict(mesh.shape)}
-    with locked(locks / "compiling", fcntl.LOCK_EX):
-        pass
-    with locked(locks / "running", fcntl.LOCK_EX):
-        state = init_state(config, mesh)
-        memory, rates, losses, metrics = step_function.memory_analysis(), [], [], None
-        for first in range(0, steps, BLOCK):
-            started = time.perf_counter()
-            for step in range(first, first + BLOCK):
-                state, metrics = step_function(state, *inputs(step))
-                losses.append(metrics.losses.ce_loss)
-            jax.block_until_ready(metrics)
-            rates.append(BLOCK * tokens / (time.perf_counter() - started))
-        assert metrics is not None and bool(metrics.finite)
-        speed, peak = statistics.median(rates[2:]), peak_flops(list(mesh.devices.flat))
-        found |= {
-            "tokens_per_second_per_gpu": speed / mesh.size,
-            "mfu": speed * flops_per_token(config, state.params) / peak if peak else None,
-            "rates": [round(rate) for rate in rates],
-            "temporary_gib": memory.temp_size_in_bytes / 2**30,
-            "state_gib": memory.argument_size_in_bytes / 2**30,
-            "peak_gib": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0) / 2**30,
-            "losses": [round(float(loss), 4) for loss in losses],
-            "max_vio": [round(float(x), 2) for x in np.asarray(metrics.max_vio)],
-        }
-        print(json.dumps(found), flush=True)
-        if jax.default_backend() == "gpu":
-            last = inputs(steps)
-            kinds = by_kind(timing.kernels(lambda: jax.block_until_ready(step_function(state, *last))))
-            print(json.dumps(found | {"kernels": kinds}), flush=True)
+        for step in range(first, first + BLOCK):
+            state, metrics = step_function(state, *inputs(step))
+            losses.append(metrics.losses.ce_loss)
+        jax.block_until_ready(metrics)
+        rates.append(BLOCK * tokens / (time.perf_counter() - started))
+    assert metrics is not None and bool(metrics.finite)
+    speed, peak = statistics.median(rates[2:]), peak_flops(list(mesh.devices.flat))
+    found |= {
+        "tokens_per_second_per_gpu": speed / mesh.size,
+        "mfu": speed * flops_per_token(config, state.params) / peak if peak else None,
+        "rates": [round(rate) for rate in rates],
+        "temporary_gib": memory.temp_size_in_bytes / 2**30,
+        "state_gib": memory.argument_size_in_bytes / 2**30,
+        "peak_gib": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0) / 2**30,
+        "losses": [round(float(loss), 4) for loss in losses],
+        "max_vio": [round(float(x), 2) for x in np.asarray(metrics.max_vio)],
+    }
+    print(json.dumps(found), flush=True)
+    if jax.default_backend() == "gpu":
+        last = inputs(steps)
+        kinds = by_kind(timing.kernels(lambda: jax.block_until_ready(step_function(state, *last))))
+        print(json.dumps(found | {"kernels": kinds}), flush=True)
     return found
 
 
@@ -303,13 +287,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=600, help="the longest that all may take")
     parser.add_argument("--out", default="benchmarks/results/expert_parallel.json")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
-    parser.add_argument("--locks", type=Path, help=argparse.SUPPRESS)
     arguments, configuration = parser.parse_known_args()
     if arguments.part:
         print(json.dumps(PARTS[arguments.part]()))
         return
     if configuration:
-        measured(arguments.steps, configuration, arguments.locks)
+        measured(arguments.steps, configuration)
         return
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True)
     count, results = len(listed.stdout.strip().splitlines()), {}
@@ -328,27 +311,33 @@ def main() -> None:
         content = {"flags": FLAGS, "steps": arguments.steps, "runs": results}
         Path(arguments.out).write_text(json.dumps(content, indent=1) + "\n")
 
+    def wait(child: subprocess.Popen) -> None:
+        try:
+            child.wait(max(1, arguments.seconds - (time.time() - began)))
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "compiled")
         for part in (part for part in PARTS if part in wanted):
-            child = start(folder / part, f"--part={part}", devices=count, flags=FLAGS)
-            try:
-                child.wait(max(1, arguments.seconds - (time.time() - began)))
-            except subprocess.TimeoutExpired:
-                child.kill()
-            keep(part, folder / part, f"exit code {child.poll()}")
-        more, children = [f"--steps={arguments.steps}", f"--locks={folder}"], {}
-        for run, (devices, flags, argv) in training.items():
-            if run in wanted:
-                log, flags = folder / run, f"{FLAGS} {flags}"
-                children[run] = start(log, *more, *argv, devices=devices, flags=flags)
-        while children and time.time() - began < arguments.seconds:
-            time.sleep(0.2)
-            for run in [run for run, child in children.items() if child.poll() is not None]:
-                keep(run, folder / run, f"exit code {children.pop(run).returncode}")
-        for run, child in children.items():
-            child.kill()
-            keep(run, folder / run, f"not done in {arguments.seconds:.0f} s")
+            wait(child := start(folder / part, f"--part={part}", devices=count, flags=FLAGS))
+            keep(part, folder / part, f"exit code {child.returncode}")
+        # Compiling leaves memory of a GPU with its process; so other processes run, after these have ended.
+        for steps in (0, arguments.steps):
+            children = {}
+            for run, (devices, flags, argv) in training.items():
+                if run in wanted:
+                    log = folder / f"{run} {steps}"
+                    children[run] = start(
+                        log, f"--steps={steps}", *argv, devices=devices, flags=f"{FLAGS} {flags}"
+                    )
+                    if steps:
+                        wait(children[run])
+                        keep(run, log, f"exit code {children[run].returncode}")
+            for child in children.values():
+                wait(child)
 
 
 if __name__ == "__main__":

@@ -255,7 +255,8 @@ def _hop(
     asked = move(jnp.where((asked >= 0) & (asked < here), asked, here), wire, sent, received)
     if wire.transport == "ragged":  # Slots that are not in use did not travel.
         asked = jnp.where(jnp.arange(slots)[:, None] < received[:, None, None], asked, here)
-    place = jnp.where(goes, ranks * slots + slot, wire.ranks * slots)
+    # Made by itself: fused into the sum in `home` it took 2.9 ms for 32k x 7168 on an H200, apart 0.5.
+    place = lax.optimization_barrier(jnp.where(goes, ranks * slots + slot, wire.ranks * slots))
     return Hop(token, place, indices // here, sent, received, wire), asked.reshape(-1, indices.shape[1])
 
 
@@ -265,6 +266,6 @@ def _receive(asked: Int[Array, "all_slots top_k"], n_experts: int, copies: int) 
     copies = min(copies, flat.size)
     order = jnp.argsort(flat, stable=True)[:copies].astype(jnp.int32)
     row = jnp.full_like(flat, copies).at[order].set(jnp.arange(copies, dtype=jnp.int32), unique_indices=True)
-    row = jnp.where(flat < n_experts, row, copies)
+    row = lax.optimization_barrier(jnp.where(flat < n_experts, row, copies))  # As `place`.
     sizes = jnp.zeros(n_experts, jnp.int32).at[flat].add(1, mode="drop")
     return Received(order, row.reshape(asked.shape), sizes)

@@ -34,10 +34,10 @@ def of_run(
       price: dollars a device-hour.
 
     Raises:
-      PlanError: `mfu` is not within (0, 1], or a price is negative.
+      PlanError: `mfu` is not within (0, 2], or a price is negative.
     """
-    if not 0 < mfu <= 1:
-        raise PlanError(f"mfu = {mfu:g}: a part of the bf16 peak, above 0 and at most 1, for example 0.4")
+    if not 0 < mfu <= 2:  # FP8 counts against the peak of bf16.
+        raise PlanError(f"mfu = {mfu:g}: above 0, at most 1 of the bf16 peak (2 in FP8); for example 0.4")
     if price < 0:
         raise PlanError(f"price = {price:g}: dollars a device-hour, at least 0")
     seconds = tokens * flops_per_token / (peak * n_devices * mfu)
