@@ -237,6 +237,7 @@ def run(shape: Shape, executables: dict[str, dict[str, Any]], rounds: int):
         times = timing.compare(calls, rounds=rounds)
         flops = shape.flops() + (shape.backward_flops() if name == "both" else 0)
         row = timing.row(f"{shape} {name}", flops, 0.0, times)
+        row["kernels_us"] = [[name, seconds * 1e6] for name, seconds in timing.cold_kernels(calls[0].call)]
         print(timing.line(row, "cudnn"), flush=True)
         yield row
 

@@ -93,6 +93,16 @@ def _space(i: int) -> None:
         _fill(i).block_until_ready()
 
 
+def cold_kernels(call: Callable[[], Any]) -> list[tuple[str, float]]:
+    """(name, seconds) of each kernel of one call, with a cold cache."""
+
+    def work():
+        _space(0)
+        wait(call())
+
+    return kernels(work)[len(kernels(lambda: _space(0))) :]
+
+
 def _per_call(found: Sequence[tuple[str, float]], calls: int, skip: int) -> list[float]:
     """Seconds of each call, from equally many kernels a call of which the first `skip` do not count."""
     width, rest = divmod(len(found), calls)
