@@ -73,6 +73,11 @@ class Call(typing.NamedTuple):
         rank, member = _divide(within, together)
         return *_divide(group * together + member, heads), rank if ascending else tiles - 1 - rank
 
+    def blocks_up_to(self, q_tile, size):
+        """Key blocks that a query tile of a causal call visits; of numpy numbers."""
+        seen = (q_tile + 1) * TILE + self.offset  # Keys that the tile's last query sees.
+        return np.clip(-(-seen // size), 1, -(-self.kv_len // size))
+
     def key_blocks(self, ranges, row, q_tile, size):
         """Key blocks that a query tile sees: (first, first of the wholly visible, end of those, end)."""
         if ranges is not None:
@@ -104,6 +109,8 @@ class Call(typing.NamedTuple):
 _TILE_COST = 0.8
 # With this many tiles for each program, dealing them out in turn leaves little to gain.
 _MANY = 1000
+# Tiles that see at least this share of the blocks of a causal call are dealt out as that call's.
+_NEARLY_CAUSAL = 0.9
 
 
 @functools.lru_cache(64)
@@ -131,8 +138,7 @@ def deal(call: Call, programs: int, kv_block: int, even: bool) -> np.ndarray:
         _, _, q_tile = call.locate(order, call.heads, call.q_tiles, call.kv_len, not call.causal)
         cost = np.full(tiles, _TILE_COST)
         if call.causal and not even:
-            seen = (np.arange(call.q_tiles) + 1) * TILE + call.offset  # Keys that a tile's last query sees.
-            cost += np.clip(-(-seen // kv_block), 1, -(-call.kv_len // kv_block))[q_tile]
+            cost += call.blocks_up_to(np.arange(call.q_tiles), kv_block)[q_tile]
         free = [(0.0, program) for program in range(programs)]
         hands = [[] for _ in range(programs)]
         for index in range(tiles):
@@ -143,6 +149,26 @@ def deal(call: Call, programs: int, kv_block: int, even: bool) -> np.ndarray:
     for row, hand in zip(table, hands, strict=True):
         row[0], row[1 : 1 + len(hand)] = len(hand), hand
     return table
+
+
+def deal_by_ranges(call: Call, programs: int, kv_block: int, ranges):
+    """Deals the query tiles out, as `deal` does, where segments decide what they see.
+
+    Dealt out as if they were equally long, the tiles of one long document would not only leave the last
+    program 3% behind: programs would be at four times as many heads at a time, more than the L2 cache holds.
+
+    Args:
+      ranges: int32 `[batch, q tiles, 4]`, `Call.key_blocks` of every tile.
+    """
+    even = deal(call, programs, kv_block, True)
+    if not call.causal:
+        return jnp.asarray(even)
+    causal = deal(call, programs, kv_block, False)
+    width = max(even.shape[1], causal.shape[1])
+    even, causal = (np.pad(table, ((0, 0), (0, width - table.shape[1]))) for table in (even, causal))
+    most = call.batch * sum(int(call.blocks_up_to(tile, kv_block)) for tile in range(call.q_tiles))
+    visited = (ranges[..., 3] - ranges[..., 0]).sum()
+    return jnp.where(visited >= _NEARLY_CAUSAL * most, causal, even)
 
 
 def _divide(index, by):

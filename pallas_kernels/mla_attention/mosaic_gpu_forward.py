@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mla_attention import mosaic_gpu_common as common
-from pallas_kernels.mla_attention.mosaic_gpu_call import deal
+from pallas_kernels.mla_attention.mosaic_gpu_call import deal, deal_by_ranges
 from pallas_kernels.mla_attention.mosaic_gpu_common import ROWS, TILE, WARPGROUPS, across, arrive, sync, tiled
 
 # Hardware barriers; the compiler uses the lower ones.
@@ -98,7 +98,10 @@ def forward(q, k, v, k_rope, q_segments, kv_segments, ranges, *, call, config, m
     stages, block_kv = config.stages, config.block_kv
     tiles = call.batch * call.heads * call.q_tiles
     programs = min(multiprocessors, tiles)
-    hands = deal(call, programs, block_kv, ranges is not None)
+    if ranges is None:
+        hands = jnp.asarray(deal(call, programs, block_kv, False))
+    else:
+        hands = deal_by_ranges(call, programs, block_kv, ranges)
 
     def kernel(*refs):
         operands, outs, shared = _Operands(*refs[:8]), refs[8:10], _Shared(*refs[10:])
@@ -158,7 +161,7 @@ def forward(q, k, v, k_rope, q_segments, kv_segments, ranges, *, call, config, m
         jax.ShapeDtypeStruct((call.batch, call.heads, call.q_tiles * TILE), jnp.float32),
     ]
     run = common.launch(kernel, "mla_attention_forward", programs, out_type, list(scratch))
-    return run(q, k, v, k_rope, q_segments, kv_segments, ranges, jnp.asarray(hands))
+    return run(q, k, v, k_rope, q_segments, kv_segments, ranges, hands)
 
 
 def _load(call, config, operands, shared, i, tile, blocks, step):

@@ -129,6 +129,17 @@ def test_programs_are_dealt_equal_work(shape):
     assert max(load) - np.mean(load) <= call.q_tiles * (0.25 if tiles > 1000 and shape.causal else 1)
 
 
+@pytest.mark.parametrize("documents, even", [(1, False), (8, True)])
+def test_one_long_document_is_dealt_as_causal(documents, even):
+    call = make_call(4096, 4096, True, heads=16, kv_heads=16)
+    ids = jnp.arange(4096)[None] * documents // 4096
+    ranges = calls.ranges(*calls.visible_blocks(call, ids, ids, 128))
+    got = np.asarray(calls.deal_by_ranges(call, 132, 128, ranges))
+    want = calls.deal(call, 132, 128, even)
+    np.testing.assert_array_equal(got[:, : want.shape[1]], want)
+    assert not got[:, want.shape[1] :].any()
+
+
 def test_very_many_tiles_are_dealt_in_turn():
     call = make_call(128, 128, True, batch=4096, heads=64, kv_heads=64)
     table = calls.deal(call, 132, 128, False)
