@@ -86,6 +86,7 @@ def fp8_grouped_wgrad(
     group_sizes: Int[Array, " groups"],
     *,
     out_dtype: jax.typing.DTypeLike = jnp.float32,
+    accumulate: Float[Array, "groups m n"] | None = None,
     promote: bool = True,
     implementation: str = "auto",
 ) -> Float[Array, "groups m n"]:
@@ -96,6 +97,7 @@ def fp8_grouped_wgrad(
         `quantize_columns(x, group_sizes)` lays them out: each group starts at a multiple of 128.
       group_sizes: rows of each group before they were padded.
       out_dtype: float32 or bfloat16.
+      accumulate: added to the product, as for `fp8_matmul`.
       promote, implementation: as for `fp8_grouped_matmul`; without `promote` an operand has one scale.
 
     Raises:
@@ -116,4 +118,15 @@ def fp8_grouped_wgrad(
             )
     module = _choose("fp8_grouped_wgrad", implementation, lhs, rhs, promote)
     lhs, rhs, group_sizes = _together(lhs, rhs, group_sizes)
-    return varying.like(lhs.values, module.wgrad(lhs, rhs, group_sizes, out_dtype=jnp.dtype(out_dtype)))
+    out_dtype = jnp.dtype(out_dtype)
+    if accumulate is None:
+        return varying.like(lhs.values, module.wgrad(lhs, rhs, group_sizes, out_dtype=out_dtype))
+    expected = len(group_sizes), lhs.values.shape[0], rhs.values.shape[0]
+    if accumulate.shape != expected:
+        raise ValueError(f"fp8_grouped_wgrad: accumulate {accumulate.shape}, expected {expected}")
+    accumulate, _ = varying.together(accumulate, lhs.values)
+    if module is mosaic_gpu and mosaic_gpu.adds_into(accumulate, out_dtype):
+        added = module.wgrad(lhs, rhs, group_sizes, out_dtype=out_dtype, accumulate=accumulate)
+        return varying.like(accumulate, added)
+    product = module.wgrad(lhs, rhs, group_sizes, out_dtype=jnp.dtype(jnp.float32))
+    return (varying.like(lhs.values, product) + accumulate).astype(out_dtype)

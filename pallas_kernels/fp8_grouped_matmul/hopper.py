@@ -5,9 +5,11 @@ So the product of every 128 of the contraction starts from nothing, and is scale
 by the ordinary units while the other warpgroup has the tensor cores.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import fragmented_array, mma_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -215,3 +217,31 @@ def _map(element, sums, product):
         value = element(index, _scalar(total), _scalar(product.registers[index]))
         out[index] = vector.broadcast(kind, value)
     return mgpu.FragmentedArray(_registers=out, _layout=_SUMS, _is_signed=None)
+
+
+def store(value, out, out_smem, row, column, *, wanted=True, add=False):
+    """Stores a warpgroup's product at `row` and `column` of `out`, or adds it to what is there, if `wanted`.
+
+    The copy engine leaves out what lies past the last row and column.
+    """
+    buffers, _, width = out_smem.shape
+    for i in range(value.shape[1] // width):
+        block = out_smem.at[i % buffers]
+        plgpu.wait_smem_to_gmem(buffers - 1, wait_read_only=True)
+        block[...] = value[:, i * width : (i + 1) * width].astype(out.dtype)
+        plgpu.commit_smem()
+        at = column + i * width
+        target = out.at[pl.ds(row, WARPGROUP_ROWS), pl.ds(at, width)]
+        # A whole block past the last row or column must not reach the next group.
+        inside = (at < out.shape[1]) & (row < out.shape[0]) & wanted
+        plgpu.copy_smem_to_gmem(block, target, predicate=inside, reduction_op="add" if add else None)
+
+
+def added(kernel, into, *operands):
+    """`into` after `kernel(*operands, its memory)`, which adds to it. It is copied if it is needed again.
+
+    Each element is added to once: the same operands give the same bits.
+    """
+    memory = jax.new_ref(into)
+    kernel(*operands, memory)
+    return jax.freeze(memory)

@@ -79,6 +79,12 @@ def unsupported(lhs, rhs) -> str | None:
     return reason
 
 
+def adds_into(accumulate, out_dtype) -> bool:
+    """Whether the kernels add to `accumulate` `[..., m, n]` where it lies; else it is a sum of its own."""
+    *_, m, n = accumulate.shape
+    return accumulate.dtype == jnp.dtype(out_dtype) == jnp.float32 and m % 64 == 0 and n % 64 == 0
+
+
 def forward(lhs, rhs, group_sizes, *, out_dtype, promote: bool = True, tiling: Tiling | None = None):
     """`out[r] = lhs[r] @ rhs[group of r].T`; rows past the sum of the sizes are zero.
 
@@ -88,12 +94,13 @@ def forward(lhs, rhs, group_sizes, *, out_dtype, promote: bool = True, tiling: T
     rows, columns = lhs.values.shape[0], rhs.values.shape[1]
     padded = rows + -rows % schedule.ALIGN
     tiles, count = schedule.row_tiles(group_sizes, padded, tiling.rows)
-    out = _product(tiles, count, _padded(lhs, padded), _padded(rhs), jnp.dtype(out_dtype), tiling, promote)
+    operands = _padded(lhs, padded), _padded(rhs), None
+    out = _product(tiles, count, *operands, jnp.dtype(out_dtype), tiling, promote)
     return out if out.shape == (rows, columns) else out[:rows, :columns]
 
 
-def dense(lhs, rhs, *, out_dtype, promote: bool = True, tiling: Tiling | None = None):
-    """`lhs @ rhs.T`: one group, whose tiles are known when compiling."""
+def dense(lhs, rhs, *, out_dtype, promote: bool = True, tiling: Tiling | None = None, accumulate=None):
+    """`lhs @ rhs.T`, added to `accumulate` if given: one group, whose tiles are known when compiling."""
     tiling = tiling or tiling_for(lhs.values.shape[1])
     rows, columns = lhs.values.shape[0], rhs.values.shape[0]
     padded = rows + -rows % schedule.ALIGN
@@ -102,7 +109,7 @@ def dense(lhs, rhs, *, out_dtype, promote: bool = True, tiling: Tiling | None = 
     rhs = _padded(type(rhs)(rhs.values[None], rhs.scales[None]))
     count = jnp.asarray([start.size], jnp.int32)
     lhs, out_dtype = _padded(lhs, padded), jnp.dtype(out_dtype)
-    out = _product(jnp.asarray(tiles), count, lhs, rhs, out_dtype, tiling, promote)
+    out = _product(jnp.asarray(tiles), count, lhs, rhs, accumulate, out_dtype, tiling, promote)
     return out if out.shape == (rows, columns) else out[:rows, :columns]
 
 
@@ -119,8 +126,8 @@ def _padded(operand, rows: int | None = None):
 
 
 # Jitted: calls of the same shape within one program are traced, lowered and compiled once.
-@functools.partial(jax.jit, static_argnums=(4, 5, 6))
-def _product(tiles, count, lhs, rhs, out_dtype, tiling: Tiling, promote: bool):
+@functools.partial(jax.jit, static_argnums=(5, 6, 7))
+def _product(tiles, count, lhs, rhs, into, out_dtype, tiling: Tiling, promote: bool):
     store_columns = ROW_BYTES // out_dtype.itemsize
     operand, result = swizzled(lhs[0].dtype), swizzled(out_dtype)
     cluster = 2 if tiling.pair else 1
@@ -130,8 +137,10 @@ def _product(tiles, count, lhs, rhs, out_dtype, tiling: Tiling, promote: bool):
         else plgpu.Barrier(num_arrivals=2, num_barriers=tiling.stages)
     )
     kernel = plgpu.kernel(
-        functools.partial(_kernel, tiling=tiling, promote=promote),
-        out_type=jax.ShapeDtypeStruct((lhs[0].shape[0], rhs[0].shape[1]), out_dtype),
+        functools.partial(_kernel, tiling=tiling, promote=promote, add=into is not None),
+        out_type=()
+        if into is not None
+        else jax.ShapeDtypeStruct((lhs[0].shape[0], rhs[0].shape[1]), out_dtype),
         grid=(bf16.multiprocessors() // cluster,),
         grid_names=("sm",),
         cluster=(cluster,),
@@ -151,10 +160,12 @@ def _product(tiles, count, lhs, rhs, out_dtype, tiling: Tiling, promote: bool):
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         kernel_name="fp8_matmul",
     )
+    if into is not None:
+        return hopper.added(kernel, into, tiles, count, *lhs, *rhs)
     return kernel(tiles, count, *lhs, *rhs)
 
 
-def _kernel(tiles, count, lhs, lhs_scales, rhs, rhs_scales, out, *, tiling, promote, **scratch):
+def _kernel(tiles, count, lhs, lhs_scales, rhs, rhs_scales, out, *, tiling, promote, add, **scratch):
     groups, depth = rhs.shape[0], lhs.shape[1]
     width = tiling.n * (2 if tiling.pair else 1)
     column_tiles = pl.cdiv(out.shape[1], width)
@@ -179,7 +190,8 @@ def _kernel(tiles, count, lhs, lhs_scales, rhs, rhs_scales, out, *, tiling, prom
         _fetch(each_tile, lhs, lhs_scales, rhs, tiling=tiling, **scratch)
 
     def multiplier():
-        _multiply(each_tile, rhs_scales, out, warpgroup, tiling=tiling, promote=promote, **scratch)
+        options = dict(tiling=tiling, promote=promote, add=add)
+        _multiply(each_tile, rhs_scales, out, warpgroup, **options, **scratch)
 
     lax.cond(warpgroup == FETCHER, fetcher, multiplier)
 
@@ -213,6 +225,7 @@ def _fetch(
 def _multiply(
     each_tile, rhs_scales, out, warpgroup, *,
     left_smem, right_smem, scale_smem, out_smem, full, free, tiling, promote,
+    add,
 ):  # fmt: skip
     plgpu.set_max_registers(MULTIPLY_REGISTERS, action="increase")
     bf16.release_all(free, tiling.stages)
@@ -239,7 +252,10 @@ def _multiply(
             for wave, value in enumerate(sums):
                 value = plgpu.layout_cast(value, plgpu.Layout.WGMMA)
                 at = first + wave * WARPGROUP_ROWS
-                bf16.store(value, out, out_smem.at[warpgroup], at, low, high, column)
+                if add:  # One group, whose rows end where the result does.
+                    hopper.store(value, out, out_smem.at[warpgroup], at, column, add=True)
+                else:
+                    bf16.store(value, out, out_smem.at[warpgroup], at, low, high, column)
 
         def nothing():  # The other warpgroup has the tensor cores to itself.
             def skip(i, step):
@@ -332,8 +348,9 @@ def drain(free, step, tiling):
         lax.fori_loop(0, tiling.stages, one, step)
 
 
-def wgrad(lhs, rhs, group_sizes, *, out_dtype, promote: bool = True):
+def wgrad(lhs, rhs, group_sizes, *, out_dtype, promote: bool = True, accumulate=None):
     """`out[g] = lhs[:, rows of g] @ rhs[:, rows of g].T`; zero for an empty group."""
     from pallas_kernels.fp8_grouped_matmul import mosaic_gpu_wgrad
 
-    return mosaic_gpu_wgrad.wgrad(lhs, rhs, group_sizes, out_dtype=out_dtype, promote=promote)
+    options = dict(out_dtype=out_dtype, promote=promote, accumulate=accumulate)
+    return mosaic_gpu_wgrad.wgrad(lhs, rhs, group_sizes, **options)

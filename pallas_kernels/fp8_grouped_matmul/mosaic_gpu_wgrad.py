@@ -24,7 +24,9 @@ from pallas_kernels.grouped_matmul.mosaic_gpu import FETCH_REGISTERS, FETCHER, M
 TILING = Tiling(waves=1, stages=5, buffers=2)
 
 
-def wgrad(lhs, rhs, group_sizes, *, out_dtype, promote: bool = True, tiling: Tiling | None = None):
+def wgrad(
+    lhs, rhs, group_sizes, *, out_dtype, promote: bool = True, tiling: Tiling | None = None, accumulate=None
+):
     """`out[g] = lhs[:, rows of g] @ rhs[:, rows of g].T`; zero for an empty group.
 
     Args:
@@ -32,24 +34,26 @@ def wgrad(lhs, rhs, group_sizes, *, out_dtype, promote: bool = True, tiling: Til
         group starts at a multiple of 128 rows, and what follows its last row is zero.
       group_sizes: rows of each group, without the filling.
       promote: without it the scales are left out: the caller applies them.
+      accumulate: float32 `[groups, m, n]` to add to, in place; see `mosaic_gpu.adds_into`.
     """
     blocks = -(-group_sizes // SCALED)
     table = schedule.groups_by_size(blocks)  # First step, and step after the last.
-    return _product(table, lhs, rhs, jnp.dtype(out_dtype), tiling or TILING, promote)
+    return _product(table, lhs, rhs, accumulate, jnp.dtype(out_dtype), tiling or TILING, promote)
 
 
-def dense(lhs, rhs, *, out_dtype, promote: bool = True, tiling: Tiling | None = None):
+def dense(lhs, rhs, *, out_dtype, promote: bool = True, tiling: Tiling | None = None, accumulate=None):
     """`lhs @ rhs.T`, both operands scaled row by row."""
     depth = lhs.values.shape[1]
     pad = [(0, 0), (0, -depth % SCALED)]
     if depth % SCALED:
         lhs, rhs = (type(x)(jnp.pad(x.values, pad), x.scales) for x in (lhs, rhs))
     table = jnp.asarray(np.array([[0, 0, -(-depth // SCALED), 0]], np.int32))
-    return _product(table, lhs, rhs, jnp.dtype(out_dtype), tiling or TILING, promote)[0]
+    into = None if accumulate is None else accumulate[None]
+    return _product(table, lhs, rhs, into, jnp.dtype(out_dtype), tiling or TILING, promote)[0]
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4, 5))
-def _product(table, lhs, rhs, out_dtype, tiling: Tiling, promote: bool):
+@functools.partial(jax.jit, static_argnums=(4, 5, 6))
+def _product(table, lhs, rhs, into, out_dtype, tiling: Tiling, promote: bool):
     m, n = lhs.values.shape[0], rhs.values.shape[0]
     lhs, rhs = _padded(lhs), _padded(rhs)
     operand, result = swizzled(lhs[0].dtype), swizzled(out_dtype)
@@ -59,9 +63,10 @@ def _product(table, lhs, rhs, out_dtype, tiling: Tiling, promote: bool):
         if tiling.pair
         else plgpu.Barrier(num_arrivals=2, num_barriers=tiling.stages)
     )
+    whole = jax.ShapeDtypeStruct((table.shape[0], lhs[0].shape[0], rhs[0].shape[0]), out_dtype)
     kernel = plgpu.kernel(
-        functools.partial(_kernel, tiling=tiling, promote=promote),
-        out_type=jax.ShapeDtypeStruct((table.shape[0], lhs[0].shape[0], rhs[0].shape[0]), out_dtype),
+        functools.partial(_kernel, tiling=tiling, promote=promote, add=into is not None),
+        out_type=whole if into is None else (),
         grid=(bf16.multiprocessors() // cluster,),
         grid_names=("sm",),
         cluster=(cluster,),
@@ -84,6 +89,8 @@ def _product(table, lhs, rhs, out_dtype, tiling: Tiling, promote: bool):
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         kernel_name="fp8_matmul_wgrad",
     )
+    if into is not None:
+        return hopper.added(kernel, into, table, *lhs, *rhs)
     out = kernel(table, *lhs, *rhs)
     return out if out.shape[1:] == (m, n) else out[:, :m, :n]
 
@@ -96,7 +103,7 @@ def _padded(operand):
     return jnp.pad(operand.values, ((0, missing), (0, 0))), jnp.pad(operand.scales, ((0, 0), (0, missing)))
 
 
-def _kernel(table, lhs, lhs_scales, rhs, rhs_scales, out, *, tiling, promote, **scratch):
+def _kernel(table, lhs, lhs_scales, rhs, rhs_scales, out, *, tiling, promote, add, **scratch):
     groups, out_rows, columns = out.shape
     width = tiling.n * (2 if tiling.pair else 1)
     grid = pl.cdiv(out_rows, tiling.rows), pl.cdiv(columns, width)
@@ -119,7 +126,7 @@ def _kernel(table, lhs, lhs_scales, rhs, rhs_scales, out, *, tiling, promote, **
         _fetch(each_tile, lhs, lhs_scales, rhs, rhs_scales, tiling=tiling, **scratch)
 
     def multiplier():
-        _multiply(each_tile, out, warpgroup, tiling=tiling, promote=promote, **scratch)
+        _multiply(each_tile, out, warpgroup, tiling=tiling, promote=promote, add=add, **scratch)
 
     lax.cond(warpgroup == FETCHER, fetcher, multiplier)
 
@@ -156,7 +163,7 @@ def _fetch(
 def _multiply(
     each_tile, out, warpgroup, *,
     left_smem, right_smem, left_scale_smem, right_scale_smem, out_smem, full, free, tiling,
-    promote,
+    promote, add,
 ):  # fmt: skip
     plgpu.set_max_registers(MULTIPLY_REGISTERS, action="increase")
     bf16.release_all(free, tiling.stages)
@@ -171,7 +178,9 @@ def _multiply(
         for wave, value in enumerate(sums):
             value = plgpu.layout_cast(value, plgpu.Layout.WGMMA)
             at = row + warpgroup * own_rows + wave * WARPGROUP_ROWS
-            _store(value, out.at[group], out_smem.at[warpgroup], at, column)
+            # Nothing is added for an empty group; without a sum to add to, its zeros are stored.
+            wanted = steps > 0 if add else True
+            hopper.store(value, out.at[group], out_smem.at[warpgroup], at, column, wanted=wanted, add=add)
         return step
 
     plgpu.wait_smem_to_gmem(0)
@@ -239,17 +248,3 @@ def _overlapping(step, steps, first_row, refs, tiling):
         return sums
 
     return step + steps, (hopper.accumulate(steps, start, finish, hopper.zeros(tiling.n), tiling.overlap),)
-
-
-def _store(value, out, out_smem, row, column):
-    buffers, _, width = out_smem.shape
-    for i in range(value.shape[1] // width):
-        block = out_smem.at[i % buffers]
-        plgpu.wait_smem_to_gmem(buffers - 1, wait_read_only=True)
-        block[...] = value[:, i * width : (i + 1) * width].astype(out.dtype)
-        plgpu.commit_smem()
-        at = column + i * width
-        target = out.at[pl.ds(row, WARPGROUP_ROWS), pl.ds(at, width)]
-        # A whole block past the last row or column must not reach the next group.
-        inside = (at < out.shape[1]) & (row < out.shape[0])
-        plgpu.copy_smem_to_gmem(block, target, predicate=inside)

@@ -47,7 +47,9 @@ def fp8_matmul(
       lhs: values `[m, k]` with row scales `[ceil(k/128), m]`.
       rhs: values `[n, k]` with block scales `[ceil(n/128), ceil(k/128)]` or row scales `[ceil(k/128), n]`.
       out_dtype: bfloat16 or float32.
-      accumulate: added to the product in float32, before it is rounded to `out_dtype`.
+      accumulate: added to the product in float32, before it is rounded to `out_dtype`. On Hopper, in float32
+        and with m and n multiples of 64, the product is added to its memory, if that is not needed again:
+        donate it, or carry it through a loop.
       promote: False leaves the whole sum to the tensor cores, to see what that costs; the scales must then be
         the same all along k. The reference sums in float32 either way.
       implementation: `"auto"`, `"mosaic_gpu"` (Hopper), `"mosaic_tpu"` (TPU7x multiplies FP8, older chips
@@ -78,6 +80,11 @@ def fp8_matmul(
     out_dtype = jnp.dtype(out_dtype)
     operands = varying.together(*lhs, *rhs)
     lhs, rhs = Quantized(*operands[:2]), Quantized(*operands[2:])
+    if accumulate is not None:
+        accumulate, _ = varying.together(accumulate, lhs.values)
+        if chosen == "mosaic_gpu" and promote and mosaic_gpu.adds_into(accumulate, out_dtype):
+            added = mosaic_gpu.matmul(lhs, rhs, out_dtype=out_dtype, accumulate=accumulate)
+            return varying.like(accumulate, added)
     computed = out_dtype if accumulate is None else jnp.dtype(jnp.float32)
     matmul = _MODULES[chosen].matmul
     if not promote and chosen == "mosaic_gpu":

@@ -157,6 +157,31 @@ def test_grouped_wgrad(dtype):
     np.testing.assert_array_equal(np.asarray(got), np.asarray(run(left, right, sizes)))
 
 
+@pytest.mark.parametrize("kind", ["block", "row", "groups"])
+def test_adds_where_the_sum_lies(kind):
+    """The kernel's own result plus what was there, rounded once; the same bits from donated memory."""
+    sizes = jnp.asarray(RAGGED, jnp.int32)
+    if kind == "groups":
+        rows = sum(RAGGED) + PAST
+        a, b = (quantize_columns(_normal(rows, n, seed=n), sizes) for n in (256, 320))
+        shape = (len(RAGGED), 256, 320)
+    else:
+        a, b = _rows(_normal(704, 512)), (quantize_blocks if kind == "block" else _rows)(_normal(320, 512))
+        shape = (704, 320)
+
+    def run(before, a, b):
+        if kind == "groups":
+            return fp8_grouped_wgrad(a, b, sizes, accumulate=before, implementation="mosaic_gpu")
+        options = dict(out_dtype=jnp.float32, implementation="mosaic_gpu")
+        return fp8_matmul(a, b, accumulate=before, **options)
+
+    before = 100 * jax.random.normal(jax.random.key(0), shape)
+    want = np.asarray(jax.jit(run)(None, a, b)) + np.asarray(before)
+    np.testing.assert_array_equal(jax.jit(run)(before, a, b), want)
+    assert not before.is_deleted()
+    np.testing.assert_array_equal(jax.jit(run, donate_argnums=0)(before, a, b), want)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_nothing_leaks_between_groups(bad):
     rows, sizes = sum(RAGGED) + PAST, jnp.asarray(RAGGED, jnp.int32)

@@ -67,7 +67,9 @@ def test_products_of_the_dequantised_operands(m, n, k, wgrad):
     rounded = _product(a, b)
     assert rounded.dtype == jnp.bfloat16
     np.testing.assert_array_equal(rounded, out.astype(jnp.bfloat16))
-    np.testing.assert_allclose(_product(a, b, out_dtype=jnp.float32, accumulate=out), 2 * out, rtol=1e-6)
+    before = jnp.round(100 * _normal(m, n, seed=2))
+    added = _product(a, b, out_dtype=jnp.float32, accumulate=before)
+    np.testing.assert_array_equal(added, np.asarray(out) + np.asarray(before))  # One float32 addition.
 
 
 @pytest.mark.parametrize("power_of_two", [True, False])
@@ -120,6 +122,11 @@ def test_grouped_wgrad():
         )
         assert np.linalg.norm(np.asarray(out[g]) - exact) <= 0.06 * norms
         at, start = at + room, start + size
+    before = _normal(*out.shape, seed=2)
+    added = jax.jit(fp8_grouped_wgrad)(qx, qd, sizes, accumulate=before)
+    np.testing.assert_array_equal(added, np.asarray(out) + np.asarray(before))
+    with pytest.raises(ValueError, match="accumulate"):
+        fp8_grouped_wgrad(qx, qd, sizes, accumulate=before[:, :8])
 
 
 def test_bad_calls_are_refused_with_the_reason():
@@ -171,6 +178,28 @@ def test_gpu_kernels_lower(m, n, k):
         traced = jax.jit(every).trace(a, rows, w, stack, left, right, jax.ShapeDtypeStruct((4,), jnp.int32))
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("custom_call @mosaic_gpu") == 8
+
+
+@needs_mosaic_gpu
+@pytest.mark.parametrize("kind", ["block", "row", "groups"])
+def test_gpu_kernels_add_where_the_sum_lies(kind):
+    """The kernel's result is the memory of its last operand: no second array, no pass of its own."""
+    a, m, n = _struct((128, 640), (5, 128)), 128, 192
+    b = _struct((n, 640), (2, 5) if kind == "block" else (5, n))
+    total = jax.ShapeDtypeStruct((3, m, n) if kind == "groups" else (m, n), jnp.float32)
+
+    def add(total, a, b, sizes):
+        if kind == "groups":
+            return fp8_grouped_wgrad(a, b, sizes, accumulate=total)
+        return fp8_matmul(a, b, out_dtype=jnp.float32, accumulate=total)
+
+    with target_platform("gpu"):
+        traced = jax.jit(add, donate_argnums=0).trace(total, a, b, jax.ShapeDtypeStruct((3,), jnp.int32))
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    (call,) = (line for line in text.splitlines() if "custom_call @mosaic_gpu" in line)
+    last = {"block": 6, "row": 5, "groups": 5}[kind]
+    assert f"output_operand_alias<output_tuple_indices = [], operand_index = {last}" in call
+    assert not any("stablehlo.add" in line and "192xf32" in line for line in text.splitlines())
 
 
 @needs_mosaic_gpu
