@@ -177,10 +177,12 @@ def test_under_shard_map(implementation):
     mapped = jax.shard_map(loss, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=checked)
     arguments = (q, k, v, options["k_rope"])
     got = jax.jit(jax.grad(lambda *a: mapped(*a).sum(), range(4)))(*arguments)
-    expected = jax.jit(jax.grad(lambda *a: loss(*a).sum(), range(4)))(*arguments)
-    for mine, plain in zip(got, expected, strict=True):
-        # The same products of float32, of another batch size: a sum may be taken in another order.
-        np.testing.assert_allclose(mine, plain, rtol=1e-5, atol=1e-5)
+    plain = jax.jit(jax.grad(lambda *a: loss(*a).sum(), range(4)))
+    # Each row alone, as each device has it: the same products of the same shapes, bit for bit on the CPUs tried.
+    # Both rows at once sum in another order, and entries that cancel to 0 (row 0 of dq) are rounding alone.
+    alone = [plain(*(x[row : row + 1] for x in arguments)) for row in range(2)]
+    for mine, *rows in zip(got, *alone, strict=True):
+        np.testing.assert_allclose(mine, jnp.concatenate(rows), rtol=1e-6, atol=1e-6)
 
 
 def test_auto_on_cpu_never_keeps_the_whole_square():
