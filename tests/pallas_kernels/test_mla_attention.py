@@ -178,8 +178,8 @@ def test_under_shard_map(implementation):
     arguments = (q, k, v, options["k_rope"])
     got = jax.jit(jax.grad(lambda *a: mapped(*a).sum(), range(4)))(*arguments)
     plain = jax.jit(jax.grad(lambda *a: loss(*a).sum(), range(4)))
-    # Each row alone, as each device has it: the same products of the same shapes, bit for bit on the CPUs tried.
-    # Both rows at once sum in another order, and entries that cancel to 0 (row 0 of dq) are rounding alone.
+    # Each row alone, as each device has it: the same products of the same shapes. Both rows at once would sum
+    # in another order, and entries that cancel to 0, as row 0 of dq, are rounding alone.
     alone = [plain(*(x[row : row + 1] for x in arguments)) for row in range(2)]
     for mine, *rows in zip(got, *alone, strict=True):
         np.testing.assert_allclose(mine, jnp.concatenate(rows), rtol=1e-6, atol=1e-6)
