@@ -14,6 +14,7 @@ from pallas_kernels.fp8_quantize import (
     quantize_columns,
     quantize_rows,
 )
+from tests.oracles import fp8
 
 pytestmark = [
     pytest.mark.gpu,
@@ -65,6 +66,22 @@ def test_dense(m, n, k, wgrad):
     got = run(a, b)
     _close(got, _float64(a), _float64(b))
     np.testing.assert_array_equal(got, run(a, b))
+
+
+@pytest.mark.parametrize("wgrad", [False, True])
+def test_every_128_are_what_the_tensor_cores_add(wgrad):
+    """The arithmetic alone: against the published model of the tensor cores, their sums scaled in float64."""
+    x = _normal(72, 384).at[:, :100].multiply(1e4).at[:, ::7].multiply(1e-3).at[5].set(0)
+    a, b = _rows(x), (_rows if wgrad else quantize_blocks)(_normal(136, 384, seed=1))
+    got = np.asarray(fp8_matmul(a, b, out_dtype=jnp.float32, implementation="mosaic_gpu"), np.float64)
+    right = b.scales if wgrad else jnp.repeat(b.scales, 128, axis=0)[:136].T
+    want, scale = np.zeros(got.shape), np.zeros(got.shape)
+    for step in range(3):
+        tiles = [np.asarray(y.values[:, 128 * step :][:, :128], np.float64) for y in (a, b)]
+        factor = np.asarray(a.scales[step], np.float64)[:, None] * np.asarray(right[step], np.float64)
+        want += fp8.tensor_cores(*tiles) * factor
+        scale += np.linalg.norm(tiles[0], axis=1)[:, None] * np.linalg.norm(tiles[1], axis=1) * factor
+    assert np.all(np.abs(got - want) <= 2e-6 * scale)  # Float32 scales and sums, as for the reference.
 
 
 @pytest.mark.parametrize("wgrad", [False, True])
