@@ -36,6 +36,7 @@ from pallas_kernels.mla_decode.mosaic_gpu_few_rows_compute import (
     free,
     pieces_of,
 )
+from pallas_kernels.mla_decode.mosaic_gpu_split import pieces_of_group
 
 
 class _Operands(typing.NamedTuple):
@@ -77,17 +78,7 @@ def split(q, c_kv, k_rope, c_kv_scale, k_rope_scale, lengths, edges, table, *, c
         operands, outs, shared = _Operands(*refs[:9]), refs[9:11], Shared(*refs[11:])
         program = lax.axis_index("program")
         group, tile = lax.div(program, call.tiles), lax.rem(program, call.tiles)
-        first, last = ((operands.edges[group + i, 0], operands.edges[group + i, 1]) for i in range(2))
-
-        def for_every_piece(work):
-            """Runs `work(b, length, low, high)` on the blocks of each sequence that this group reads."""
-
-            @pl.loop(first[0], jnp.minimum(last[0], call.batch - 1) + 1)
-            def _(b):
-                length = operands.lengths[b]
-                low = jnp.where(b == first[0], first[1], 0)
-                high = jnp.where(b == last[0], last[1], lax.div(length + BLOCK - 1, BLOCK))
-                pl.when(low < high)(lambda: work(b, length, low, high))
+        for_every_piece = pieces_of_group(operands.lengths, operands.edges, group)
 
         def compute(wg):
             for piece in range(pieces_of(call) + 1):

@@ -119,17 +119,7 @@ def split(q, c_kv, k_rope, lengths, edges, table, *, call):
         operands, outs, shared = _Operands(*refs[:6]), refs[6:8], _Shared(*refs[8:])
         program = lax.axis_index("program")
         group, tile = lax.div(program, call.tiles), lax.rem(program, call.tiles)
-        first, last = ((operands.edges[group + i, 0], operands.edges[group + i, 1]) for i in range(2))
-
-        def for_every_piece(work):
-            """Runs `work(b, length, low, high)` on the blocks of each sequence that this group reads."""
-
-            @pl.loop(first[0], jnp.minimum(last[0], call.batch - 1) + 1)
-            def _(b):
-                length = operands.lengths[b]
-                low = jnp.where(b == first[0], first[1], 0)
-                high = jnp.where(b == last[0], last[1], lax.div(length + BLOCK - 1, BLOCK))
-                pl.when(low < high)(lambda: work(b, length, low, high))
+        for_every_piece = pieces_of_group(operands.lengths, operands.edges, group)
 
         def compute(wg):
             for slot in range(WARPGROUPS):
@@ -159,6 +149,21 @@ def split(q, c_kv, k_rope, lengths, edges, table, *, call):
     ]
     run = common.launch(kernel, "mla_decode_split", call.groups * call.tiles, out_type, list(scratch))
     return run(q, c_kv, k_rope, lengths, edges, table)
+
+
+def pieces_of_group(lengths, edges, group):
+    """What runs `work(b, length, low, high)` on the blocks of each sequence that a group reads."""
+    first, last = ((edges[group + i, 0], edges[group + i, 1]) for i in range(2))
+
+    def for_every_piece(work):
+        @pl.loop(first[0], jnp.minimum(last[0], lengths.shape[0] - 1) + 1)
+        def _(b):
+            length = lengths[b]
+            low = jnp.where(b == first[0], first[1], 0)
+            high = jnp.where(b == last[0], last[1], lax.div(length + BLOCK - 1, BLOCK))
+            pl.when(low < high)(lambda: work(b, length, low, high))
+
+    return for_every_piece
 
 
 def _load(call, operands, shared, tile, b, length, low, high):
