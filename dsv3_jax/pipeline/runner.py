@@ -41,7 +41,7 @@ class Parts(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """What one device has summed over its cells; gradients are float32."""
+    """What one device has summed over its cells; gradients are float32, or of a wider type that is given."""
 
     loss: jax.Array  # []
     chunks: Tree  # Gradients, [chunk, ...] as the parameters.
@@ -186,15 +186,18 @@ class Rank:
         micro, chunk = _pick(self._batch, 0), _pick(self._chunks, 0)
         x = jax.eval_shape(self._parts.embed, self._shared, micro)
         _, _, body = jax.eval_shape(self._parts.body, chunk, x, micro, jnp.int32(0))
-        _, head = jax.eval_shape(self._parts.head, self._shared, x, micro)
+        loss, head = jax.eval_shape(self._parts.head, self._shared, x, micro)
         n_chunks = jax.tree.leaves(self._chunks)[0].shape[0]
         # Not a number until written, so that a read before a write would show.
         empty = {kind: jnp.full((size + 1, *x.shape), jnp.nan, x.dtype) for kind, size in n_slots.items()}
-        wide = lambda tree: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), tree)  # noqa: E731
+
+        def wide(tree: Tree) -> Tree:
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), tree)
+
         return _State(
             inputs=empty["input"],
             gradients=empty["gradient"],
-            loss=jnp.zeros((), jnp.float32),
+            loss=wide(loss),
             chunk_grads=wide(self._chunks),
             shared_grads=wide(self._shared),
             body=jax.tree.map(lambda leaf: jnp.zeros((n_chunks, *leaf.shape), leaf.dtype), body),
@@ -251,7 +254,7 @@ class Rank:
         chunk, x = _pick(self._chunks, row["b_chunk"]), before.inputs[row["b_input"]]
         # The last stage's output feeds the loss alone.
         dy = jnp.where(stage == self._last, 0, before.gradients[row["b_gradient"]])
-        found = self._vjp(kind, stage, chunk, x, micro)((dy, jnp.ones((), jnp.float32)))
+        found = self._vjp(kind, stage, chunk, x, micro)((dy, jnp.ones_like(state.loss)))
         if kind == "I":
             return state, found[0]
         d_chunk, d_shared, dx = found if kind == "B" else (*found, jnp.zeros_like(x))

@@ -72,14 +72,18 @@ def pipe(n_ranks, **axes):
     return Mesh(np.array(jax.devices()[: np.prod(shape)]).reshape(shape), ("pipe", *axes))
 
 
-def compare(schedule, mesh, seed=0):
+def compare(schedule, mesh, seed=0, dtype=np.float32):
     table, arguments = place(schedule), toy(schedule.n_stages, schedule.n_microbatches, seed)
-    got = jax.jit(lambda *args: gradients(table, mesh, TOY, *args))(*arguments)
+    with jax.enable_x64(dtype == np.float64):
+        wide = jax.tree.map(lambda x: x.astype(dtype) if x.dtype == np.float32 else x, arguments)
+        got = jax.device_get(jax.jit(lambda *args: gradients(table, mesh, TOY, *args))(*wide))
     loss, d_weights, d_table, positive, over = by_hand(*arguments)
-    # float32: a rounding is 6e-8, of every term and relative to each array's largest entry.
-    np.testing.assert_allclose(got.loss, loss, rtol=1e-6)
+    # A rounding is 6e-8, or 1e-16 in float64, of every term and relative to each array's largest entry.
+    tolerance = 1e-6 if dtype == np.float32 else 1e-14
+    np.testing.assert_allclose(got.loss, loss, rtol=tolerance)
     for ours, theirs in ((got.stages["w"], d_weights), (got.shared["table"], d_table)):
-        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6 * np.abs(theirs).max())
+        assert ours.dtype == dtype
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance * np.abs(theirs).max())
     np.testing.assert_array_equal(got.body["positive"], positive)
     assert got.head["over"] == over
 
@@ -118,7 +122,8 @@ def test_any_shape_that_is_not_refused(name, ranks, count, chunks, seed):
         ranks, count = ranks + ranks % 2, max(1, -(-count // ranks)) * ranks
         count = max(count + count % 2, 2 * ranks) if name.startswith("dual") else count + -count % ranks
         schedule = build(name, ranks, count, chunks=chunks)
-    compare(schedule, pipe(ranks), seed)
+    # In float64 nothing but rounding is left: a schedule that lost or doubled any term would show.
+    compare(schedule, pipe(ranks), seed, np.float64)
 
 
 def test_axes_beside_the_pipeline():
