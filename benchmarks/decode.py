@@ -1,8 +1,8 @@
 """Tokens a second of greedy generation on CPU, beside transformers' `generate` on the same weights.
 
-    PYTHONPATH=. OMP_WAIT_POLICY=PASSIVE python benchmarks/decode.py [--shape tiny small] [--out results.json]
-    PYTHONPATH=. python benchmarks/decode.py --context 1024 4096 16384     # cost by the cache's length
-    python benchmarks/decode_gpu.py                                        # on a GPU
+    python benchmarks/decode.py [--shape tiny small] [--out results.json]
+    python benchmarks/decode.py --context 1024 4096 16384     # cost by the cache's length
+    python benchmarks/decode_gpu.py                              # on a GPU
 
 Both complete the same prompts, prefill included, in float32 with the same threads, taking turns; the texts
 must be the same, token by token. The peer's best way to run its experts is searched in the same run. The
@@ -26,7 +26,8 @@ import numpy as np
 import torch
 
 from benchmarks import cpu
-from benchmarks.train_cpu import SHAPES, Peer, random_batch, run_config
+from benchmarks.peer import Peer
+from benchmarks.train_cpu import SHAPES, random_batch, run_config
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.generation import Generator, SamplingParams
 from dsv3_jax.generation.cache import init_cache

@@ -10,6 +10,7 @@ then.
 """
 
 import argparse
+import dataclasses
 import itertools
 import json
 import pathlib
@@ -23,6 +24,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 import torch
 import transformers
 
+from benchmarks.peer import deepseek_config
 from configs import small_gpu
 from dsv3_jax.config_checks import typed
 
@@ -31,38 +33,13 @@ NEW, SKIPPED = 64, 8  # The first steps are not counted: transformers compiles a
 
 def make_model(room: int):
     """The model on the GPU; its weights are transformers' random ones."""
-    m = typed(small_gpu.get_config()).model
-    a, moe = m.attention, m.moe
-    shape = transformers.DeepseekV3Config(
-        vocab_size=m.vocab_size,
-        hidden_size=m.d_model,
-        intermediate_size=m.d_ff,
-        num_hidden_layers=m.n_layers,
-        num_attention_heads=a.n_heads,
-        num_key_value_heads=a.n_heads,
-        q_lora_rank=a.q_lora_rank or None,
-        kv_lora_rank=a.kv_lora_rank,
-        qk_nope_head_dim=a.qk_nope_head_dim,
-        qk_rope_head_dim=a.qk_rope_head_dim,
-        v_head_dim=a.v_head_dim,
-        moe_intermediate_size=moe.d_ff_expert,
-        n_routed_experts=moe.n_experts,
-        n_shared_experts=moe.n_shared,
-        num_experts_per_tok=moe.top_k,
-        first_k_dense_replace=moe.n_dense_layers,
-        norm_topk_prob=moe.normalize_gates,
-        routed_scaling_factor=moe.routed_scale,
-        n_group=moe.n_groups,
-        topk_group=moe.topk_groups,
-        rope_parameters={"rope_type": "default", "rope_theta": m.rope.theta},
-        max_position_embeddings=room,
-        attn_implementation="sdpa",
-    )
+    config = dataclasses.replace(typed(small_gpu.get_config()).model, max_seq_len=room)
+    shape = deepseek_config(config, attn_implementation="sdpa")
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
         model = transformers.DeepseekV3ForCausalLM(shape)
     torch.set_default_dtype(torch.float32)
-    return model.eval().requires_grad_(False), m.vocab_size
+    return model.eval().requires_grad_(False), config.vocab_size
 
 
 class Clock:
