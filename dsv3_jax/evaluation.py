@@ -160,7 +160,7 @@ def _lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
             yield number, row
 
 
-def perplexity(scorer: Scorer, path: str | Path, field: str = "text") -> dict[str, float]:
+def perplexity(scorer: Scorer, path: str | Path, field: str = "text") -> dict[str, float | int]:
     """Of the texts in a JSONL file: nats a token, perplexity, bits a byte.
 
     Args:
@@ -195,7 +195,7 @@ def perplexity(scorer: Scorer, path: str | Path, field: str = "text") -> dict[st
     }
 
 
-def multiple_choice(scorer: Scorer, path: str | Path) -> dict[str, float]:
+def multiple_choice(scorer: Scorer, path: str | Path) -> dict[str, float | int]:
     """Of a JSONL file of {"question": text, "choices": [texts], "answer": number of the right one}.
 
     `accuracy` takes the choice of the highest log-likelihood, `accuracy_per_byte` divides it by the choice's

@@ -29,8 +29,5 @@ def pytest_configure(config):
     arrays = ["losses", "step", "state", "optimizer", "ema", "throughput"]
     packages = ["dsv3_jax.model", "dsv3_jax.parallel", "dsv3_jax.precision", "pallas_kernels"]
     packages += [f"dsv3_jax.training.{name}" for name in arrays]
-    # The modules of generation that handle arrays; the others take a `Tokenizer`, a protocol.
-    arrays = ["attention", "cache", "decode", "experts", "forward", "kernel_check", "linear", "prefill"]
-    arrays += ["sampling", "slots", "speculation", "weights"]
-    packages += [f"dsv3_jax.generation.{name}" for name in arrays]
+    packages += ["dsv3_jax.generation", "dsv3_jax.evaluation", "dsv3_jax.serving"]
     install_import_hook(packages, "beartype.beartype")

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int32
@@ -22,6 +22,7 @@ class FimIds(NamedTuple):
     middle: int
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """What the pipeline needs of a tokenizer."""
 

@@ -138,7 +138,7 @@ class Generator:
             raise RequestError("the prompt is text, and this generator has no tokenizer: give token ids")
         if not prompt:
             return check_prompt(self.prefix or [self.eos_id], self.config)
-        return check_prompt([*self.prefix, *self.tokenizer.encode(prompt)], self.config)
+        return check_prompt([*self.prefix, *self.tokenizer.encode(prompt).tolist()], self.config)
 
     def generate(
         self,

@@ -247,7 +247,7 @@ def metrics_text(engine: Engine) -> str:
     c = engine.counters
     lines = []
 
-    def add(name: str, kind: str, meaning: str, *values: tuple[str, float]) -> None:
+    def add(name: str, kind: str, meaning: str, *values: tuple[str, float | int]) -> None:
         lines.extend([f"# HELP dsv3_{name} {meaning}", f"# TYPE dsv3_{name} {kind}"])
         lines.extend(f"dsv3_{name}{labels} {value}" for labels, value in values)
 
