@@ -33,7 +33,12 @@ def add_parser(subparsers) -> None:
 
 
 def _run_arguments(group) -> None:
-    group.add_argument("--config", type=Path, metavar="FILE", help="of configs/; --config.FIELD=VALUE sets")
+    group.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="of configs/; --config.FIELD=VALUE sets. With --pipeline: the memory of a rank, too",
+    )
     group.add_argument("--search", action="store_true", help="try meshes, ZeRO, remat and micro-batches")
     group.add_argument("--no-compile", action="store_true", help="TPUs: the analytical model alone")
     group.add_argument("--mfu", type=float, metavar="M", help="the part of the bf16 peak that a run reaches")
@@ -75,7 +80,8 @@ def run(args: argparse.Namespace) -> int:
         missing = [name for name in ("ranks", "microbatches") if getattr(args, name) is None]
         if missing:
             return _shared.fail(f"dsv3 plan: --pipeline needs --{' and --'.join(missing)}", 2)
-        return _run_pipeline(args)
+        code = _run_pipeline(args)
+        return code if code or args.config is None else _run_pipeline_memory(args)
     _shared.on_cpu()
     from dsv3_jax.config_checks import ConfigError
     from dsv3_jax.planning import PlanError, parse_topology, report
@@ -139,6 +145,24 @@ def _run_pipeline(args: argparse.Namespace) -> int:
         except ScheduleError as error:
             print(f"{name:12}{str(error).partition(': ')[2].partition('. Nearest')[0]}")
     print("activations and parameters: of the fullest rank, in shares of layers / ranks of the model")
+    return 0
+
+
+def _run_pipeline_memory(args: argparse.Namespace) -> int:
+    """Prints what a rank holds while the configuration's model is trained with this schedule."""
+    from dsv3_jax.cli import _shared
+
+    _shared.on_cpu()
+    from dsv3_jax.config_checks import ConfigError, override, typed
+    from dsv3_jax.pipeline import ScheduleError, memory
+
+    try:
+        tree = _shared.load_config(args.config)
+        config = typed(tree, override(tree, args.overrides), lambda _: [])
+        found = memory.planned(config, args.pipeline, args.ranks, args.microbatches, args.chunks)
+    except (ConfigError, ScheduleError) as error:
+        return _shared.fail(f"dsv3 plan: {error}", 2)
+    print("\n".join(["", *memory.lines(found)]))
     return 0
 
 

@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from dsv3_jax.config import Config
 from dsv3_jax.parallel.mesh import AXES, use_mesh
 from dsv3_jax.pipeline import runner, step
-from dsv3_jax.pipeline.schedules import Schedule, build
+from dsv3_jax.pipeline.schedules import Schedule, ScheduleError, build, n_stages, stage_sizes
 from dsv3_jax.pipeline.table import place
 from dsv3_jax.planning.shapes import StandIn
 from dsv3_jax.training.losses import losses
@@ -88,6 +88,53 @@ def of_rank(config: Config, mesh: Mesh, platform: str) -> Memory:
     )
     added = chunk + _bytes(traced.shared)
     return Memory(state, held, held, slots * _bytes(traced.x), residuals, added)
+
+
+def planned(
+    config: Config, pipeline: str, ranks: int, n_microbatches: int, chunks: int, platform: str = "gpu"
+) -> Memory:
+    """`of_rank` for a schedule; all else, as model, remat, micro-batch, `mesh.data`, is the configuration's.
+
+    Where it names no `train.micro_batch_size`, its batch is cut into the micro-batches.
+
+    Raises:
+      ScheduleError: no such schedule, fewer layers than stages, or the batch cannot be cut so.
+    """
+    train, mesh = config.train, dataclasses.replace(config.mesh, pipe=ranks, data=max(config.mesh.data, 1))
+    micro = train.micro_batch_size or train.batch_size // n_microbatches
+    devices = mesh.data * mesh.expert
+    if not micro or micro % devices:
+        raise ScheduleError(
+            f"train.micro_batch_size = {micro}: {devices} devices, mesh.data x mesh.expert, share a "
+            f"micro-batch: set it to a multiple of {devices}"
+        )
+    stage_sizes(config.model.n_layers, n_stages(pipeline, ranks, chunks))
+    train = dataclasses.replace(
+        train,
+        pipeline=pipeline,
+        pipeline_chunks=chunks,
+        micro_batch_size=micro,
+        batch_size=micro * n_microbatches,
+    )
+    config = dataclasses.replace(config, train=train, mesh=mesh)
+    return of_rank(config, stand_in_mesh(ranks, mesh.data, mesh.expert, platform), platform)
+
+
+def lines(memory: Memory) -> list[str]:
+    """As text."""
+    rows = [("memory of a rank at the peak of a step, GPU", memory.total)]
+    rows += [(f"  {WORDS[name]}", size) for name, size in memory._asdict().items()]
+    return [f"{name:<46}{size / 2**30:>9.3f} GiB" for name, size in rows]
+
+
+WORDS = {
+    "state": "its share of parameters and moments",
+    "stages": "parameters of its stages",
+    "gradients": "sums of their gradients",
+    "slots": "what waits in slots",
+    "residuals": "residuals of a backward",
+    "added": "gradients of one stage, not yet added",
+}
 
 
 class _Traced(NamedTuple):

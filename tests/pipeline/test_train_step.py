@@ -120,8 +120,8 @@ def compare(c, tolerance=1e-6, loss_tolerance=1e-6):
     jax.tree_util.tree_map_with_path(close, grads, want_grads)
 
 
-# Two MoE layers and two prediction depths after them; a dense and a MoE layer, each padded on the other's
-# rank. Loads of the whole micro-batch in the balance loss. Sums are of float32 terms in another order: entries
+# Two MoE layers, then two prediction depths; a dense and a MoE layer, each padded on the other one's rank;
+# the balance loss of whole micro-batches. Sums are of float32 terms in another order: entries
 # differ by 7e-7 of an array's largest one at most (run once in float64: by 1e-15).
 CASES = {
     "1f1b, 2 x 2 x 2, ZeRO-1, prediction": dict(
