@@ -5,8 +5,9 @@
 The chunks sleep and compute next to nothing: F, I and W one unit each, so that eight devices need no eight
 cores. Every sleep is recorded with its rank; the bubble is what is left of the time between the first start
 and the last end. Fake devices meet in every collective, so the measured bubble is compared with the
-simulator's for ranks that step together (`simulate_in_step`); the column `free` is that of ranks that wait
-for their operands only, as GPUs do.
+simulator's for ranks that step together (`simulate_in_step`), with the mean times that the cells took and
+the median time of a meeting: some milliseconds in which nobody works. `units`: the same with F, I and W one
+unit and meetings that take no time; `free`: with ranks that wait for their operands only.
 """
 
 import argparse
@@ -28,6 +29,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from jax.sharding import Mesh  # noqa: E402
+from pipeline_profile import beside_the_simulator  # noqa: E402
 
 from dsv3_jax.pipeline import NAMES, Durations, ScheduleError, build, place, simulate  # noqa: E402
 from dsv3_jax.pipeline.runner import Parts, gradients  # noqa: E402
@@ -76,8 +78,8 @@ class Sleeper:
         )
 
 
-def measure(schedule, seconds: float) -> float:
-    """The bubble fraction of the second step."""
+def measure(schedule, seconds: float) -> dict:
+    """The second step beside the simulator's."""
     sleeper = Sleeper(0, schedule.n_ranks)
     mesh = Mesh(np.array(jax.devices()[: schedule.n_ranks]), ("pipe",))
     table = place(schedule)
@@ -87,11 +89,20 @@ def measure(schedule, seconds: float) -> float:
     sleeper.records.clear()
     sleeper.seconds = seconds
     jax.block_until_ready(step(*arguments))
-    records = sleeper.records
-    n_cells = 3 * schedule.n_stages * schedule.n_microbatches
-    assert len(records) == n_cells, f"{len(records)} sleeps, not F, I and W of all: {n_cells}"
-    length = max(end for *_, end in records) - min(start for _, _, start, _ in records)
-    return 1 - sum(end - start for _, _, start, end in records) / (length * schedule.n_ranks)
+    return beside_the_simulator(_spans(sleeper.records, schedule), schedule)
+
+
+def _spans(records, schedule):
+    """[rank][cell]: start and end; a whole backward sleeps twice."""
+    spans = []
+    for rank, cells in enumerate(schedule.cells):
+        mine = iter(sorted((start, end) for at, _, start, end in records if at == rank))
+        spans.append([])
+        for cell in cells:
+            sleeps = [next(mine) for op in cell for _ in range(1 + (op.kind == "B"))]
+            spans[-1].append((sleeps[0][0], sleeps[-1][1]))
+        assert next(mine, None) is None, f"rank {rank} slept more often than F, I and W of all its cells"
+    return spans
 
 
 def compile_seconds(name: str, n_ranks: int, n_micro: int) -> float:
@@ -113,19 +124,20 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     results: dict = {"ranks": arguments.ranks, "microbatches": arguments.microbatches, "bubble": {}}
-    print(f"{'':12}{'measured':>10}{'in step':>10}{'ratio':>8}{'free':>8}   idle share of all ranks' time")
+    print(f"{'':12}" + "".join(f"{word:>10}" for word in ("measured", "in step", "ratio", "units", "free")))
     for name in NAMES:
         try:
             schedule = build(name, arguments.ranks, arguments.microbatches)
         except ScheduleError as error:
             print(f"{name:12}{error}")
             continue
-        free = simulate(schedule, UNITS).bubble_fraction
-        in_step = simulate_in_step(place(schedule), UNITS).bubble_fraction
-        measured = measure(schedule, arguments.unit * arguments.ranks / schedule.n_stages)
-        ratio = measured / in_step if in_step else float("nan")
-        results["bubble"][name] = {"measured": measured, "in_step": in_step, "free": free}
-        print(f"{name:12}{measured:>10.4f}{in_step:>10.4f}{ratio:>8.3f}{free:>8.4f}", flush=True)
+        found = measure(schedule, arguments.unit * arguments.ranks / schedule.n_stages)
+        found |= {"units": simulate_in_step(place(schedule), UNITS).bubble_fraction}
+        found |= {"free": simulate(schedule, UNITS).bubble_fraction}
+        results["bubble"][name] = found
+        measured, in_step = found["measured"]["idle"], found["in_step"]["idle"]
+        row = measured, in_step, measured / in_step, found["units"], found["free"]
+        print(f"{name:12}" + "".join(f"{share:>10.4f}" for share in row), flush=True)
     print("\ncompile time of DualPipe on 4 ranks, CPU seconds by micro-batches:")
     results["compile"] = {}
     for count in (8, 16, 64, 256):

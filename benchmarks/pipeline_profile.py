@@ -125,12 +125,18 @@ def cell_spans(found: list[Event], kinds: dict[str, str], schedule: Schedule) ->
 
 
 def bubble(found: list[Event], text: str, schedule: Schedule) -> dict:
-    """The idle share of a profiled step beside the simulator's, with the times of cells and of a meeting.
+    """`beside_the_simulator` of a profiled step; `text` is its compiled program."""
+    return beside_the_simulator(cell_spans(found, cells_of_instructions(text), schedule), schedule)
+
+
+def beside_the_simulator(spans: Spans, schedule: Schedule) -> dict:
+    """The idle share of a step beside the simulator's, with the times of its cells and of a meeting.
 
     Idle is what lies outside of cells, from the first start to the last end. `in_step` simulates ranks that
-    meet wherever one sends; `free`, ranks that wait for their operands only.
+    meet wherever one sends, `free` ranks that wait for their operands only; both with the mean time of the
+    cells of a kind on a stage, and with the median time of a meeting.
     """
-    spans, table = cell_spans(found, cells_of_instructions(text), schedule), place(schedule)
+    table = place(schedule)
     length = max(row[-1][1] for row in spans) - min(row[0][0] for row in spans)
     busy = [sum(end - start for start, end in row) for row in spans]
     times = defaultdict(list)
