@@ -126,7 +126,7 @@ def fp8_grouped_wgrad(
         raise ValueError(f"fp8_grouped_wgrad: accumulate {accumulate.shape}, expected {expected}")
     accumulate, _ = varying.together(accumulate, lhs.values)
     if module is mosaic_gpu and mosaic_gpu.adds_into(accumulate, out_dtype):
-        added = module.wgrad(lhs, rhs, group_sizes, out_dtype=out_dtype, accumulate=accumulate)
+        added = mosaic_gpu.wgrad(lhs, rhs, group_sizes, out_dtype=out_dtype, accumulate=accumulate)
         return varying.like(accumulate, added)
     product = module.wgrad(lhs, rhs, group_sizes, out_dtype=jnp.dtype(jnp.float32))
     return (varying.like(lhs.values, product) + accumulate).astype(out_dtype)
