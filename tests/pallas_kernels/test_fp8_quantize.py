@@ -34,6 +34,12 @@ _dequantized = jax.jit(dequantize)
 _there_and_back = jax.jit(lambda x: unpack_e5m6(pack_e5m6(x), jnp.float32))
 
 
+@jax.jit
+def _packed_and_back(x):
+    packed = pack_rows_e5m6(x)
+    return packed, unpack_rows_e5m6(packed, jnp.float32), unpack_rows_e5m6(packed)
+
+
 def _operand(rows, k, seed=0, dtype=jnp.float32):
     x = np.random.default_rng(seed).standard_normal((rows, k)) * 3
     x[1 % rows, : k // 2] *= 1e4  # An outlier tile, and tiny ones.
@@ -185,15 +191,13 @@ def test_e5m6_ties_go_to_even():
 def test_e5m6_rows_have_a_scale_a_tile():
     """Seven significant bits within 2^30 of a tile's largest number, scales that bring it below 65,024."""
     x = _operand(6, 200).at[3].set(0).at[4, 5].set(jnp.nan)
-    packed = jax.jit(pack_rows_e5m6)(x)
+    packed, wide, narrow = _packed_and_back(x)
     assert packed.values.shape == (6, 300) and packed.scales.shape == (2, 6)
     scales = np.asarray(packed.scales)[:, [0, 1, 2, 5]]
     needed = _tiles(x)[:, [0, 128]].T[:, [0, 1, 2, 5]] / 65024
     assert np.all(np.frexp(scales)[0] == 0.5) and np.all((scales >= needed) & (scales < 2 * needed))
-    wide = np.asarray(unpack_rows_e5m6(packed, jnp.float32), np.float64)
-    np.testing.assert_array_equal(
-        wide, np.asarray(unpack_rows_e5m6(packed), np.float64)
-    )  # Exact in bfloat16.
+    wide = np.asarray(wide, np.float64)
+    np.testing.assert_array_equal(wide, np.asarray(narrow, np.float64))  # Exact in bfloat16.
     plain, bad = np.asarray(x, np.float64), np.zeros(x.shape, bool)
     bad[4, :128] = True
     assert np.array_equal(np.isnan(wide), bad) and np.all(wide[3] == 0)
