@@ -43,7 +43,7 @@ def grouped_query_attention(
     )
     heads = out.reshape(*out.shape[:2], -1)
     w_o = w["w_o"].reshape(-1, h.shape[-1])
-    return linear(heads, w_o, recipe, power_of_two=recipe is not None and recipe.power_of_two)
+    return linear(heads, w_o, recipe, after_attention=True)
 
 
 class GroupedQueryAttention(nn.Module):
