@@ -20,7 +20,7 @@ from dsv3_jax.config import (
 from dsv3_jax.config_checks import check
 from dsv3_jax.model import experts, layers
 from dsv3_jax.parallel.mesh import make_mesh, use_mesh
-from dsv3_jax.training.state import init_state, make_model
+from dsv3_jax.training.state import abstract_state, init_state, make_model
 from dsv3_jax.training.step import Schedules, train_step
 from tests.oracles import fp8
 
@@ -219,6 +219,22 @@ def test_a_training_step():
     # gradient that a device did not sum, or summed twice, would be wrong by a factor.
     assert 0 < abs(metrics.losses.loss / exact.losses.loss - 1) < 5e-3
     assert 0 < abs(metrics.grad_norm / exact.grad_norm - 1) < 5e-2
+
+
+@pytest.mark.parametrize("kind", ["mla", "gqa"])
+def test_the_attention_output_of_a_model_is_kept_in_e5m6(kind):
+    attention = dataclasses.replace(MODEL.attention, kind=kind, head_dim=8)
+    run = dataclasses.replace(config("fp8"), fp8=recipe_of("e5m6"))
+    run = dataclasses.replace(run, model=dataclasses.replace(MODEL, attention=attention))
+    state = abstract_state(run, make_mesh(run.mesh))
+
+    def kept(params, router, tokens):
+        apply = make_model(run).apply
+        return jax.vjp(lambda params: apply({"params": params, "router": router}, tokens).hidden, params)[1]
+
+    found = jax.eval_shape(kept, state.params, state.router, jax.ShapeDtypeStruct((4, 16), jnp.int32))
+    shapes = [leaf.shape for leaf in jax.tree.leaves(found) if leaf.dtype == jnp.uint8]
+    assert shapes == [(1, 64, 2 * 8 * 3 // 2)]  # Of the one layer: every token, heads of 8 in twelve bits.
 
 
 def test_the_recipe_is_asked_for_by_name():
