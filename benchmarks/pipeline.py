@@ -5,8 +5,8 @@
 The chunks sleep and compute next to nothing: F, I and W one unit each, so that eight devices need no eight
 cores. Every sleep is recorded with its rank; the bubble is what is left of the time between the first start
 and the last end. Fake devices meet in every collective, so the measured bubble is compared with the
-simulator's for ranks that step together (`simulate_in_step`), with the mean times that the cells took and
-the median time of a meeting: some milliseconds in which nobody works. `units`: the same with F, I and W one
+simulator's for ranks that step together (`simulate_in_step`), with the mean times that the cells and the
+meetings took: the latter are milliseconds in which nobody works. `units`: the same with F, I and W one
 unit and meetings that take no time; `free`: with ranks that wait for their operands only.
 """
 

@@ -134,7 +134,7 @@ def beside_the_simulator(spans: Spans, schedule: Schedule) -> dict:
 
     Idle is what lies outside of cells, from the first start to the last end. `in_step` simulates ranks that
     meet wherever one sends, `free` ranks that wait for their operands only; both with the mean time of the
-    cells of a kind on a stage, and with the median time of a meeting.
+    cells of a kind on a stage, and of a meeting.
     """
     table = place(schedule)
     length = max(row[-1][1] for row in spans) - min(row[0][0] for row in spans)
@@ -145,7 +145,7 @@ def beside_the_simulator(spans: Spans, schedule: Schedule) -> dict:
             times[tuple((op.kind, op.stage) for op in cell)].append(end - start)
     means = {key: statistics.mean(values) for key, values in times.items()}
     meetings = _meetings(spans, table)
-    measured = CellTimes(means, statistics.median(meetings))
+    measured = CellTimes(means, statistics.mean(meetings))
     together, free = simulate_in_step(table, measured), simulate(schedule, measured)
     return {
         "measured": {"step_ms": length, "idle": 1 - sum(busy) / (length * len(busy))},
@@ -161,7 +161,7 @@ def beside_the_simulator(spans: Spans, schedule: Schedule) -> dict:
 
 
 def _meetings(spans: Spans, table) -> list[float]:
-    """Of each tick in which something is sent: from the end of its last cell to the first start after it."""
+    """Of each tick with a send: from its last end to the next tick's start, a mean over ranks."""
     stops, place_of = {send.tick for send in table.sends}, [0] * len(spans)
     ticks: list[list[tuple[float, float]]] = []
     for row in table.ticks:
@@ -172,7 +172,7 @@ def _meetings(spans: Spans, table) -> list[float]:
                 place_of[rank] += 1
     pairs = zip(ticks, ticks[1:], strict=False)
     return [
-        min(start for start, _ in after) - max(end for _, end in before)
+        statistics.mean(start for start, _ in after) - max(end for _, end in before)
         for tick, (before, after) in enumerate(pairs)
         if tick in stops
     ]
