@@ -121,11 +121,12 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--microbatches", type=int, default=16)
     parser.add_argument("--unit", type=float, default=0.5, help="seconds of F, I and W on a rank's layers")
+    parser.add_argument("--schedules", default=",".join(NAMES))
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     results: dict = {"ranks": arguments.ranks, "microbatches": arguments.microbatches, "bubble": {}}
     print(f"{'':12}" + "".join(f"{word:>10}" for word in ("measured", "in step", "ratio", "units", "free")))
-    for name in NAMES:
+    for name in arguments.schedules.split(","):
         try:
             schedule = build(name, arguments.ranks, arguments.microbatches)
         except ScheduleError as error:

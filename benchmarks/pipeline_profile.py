@@ -126,15 +126,17 @@ def cell_spans(found: list[Event], kinds: dict[str, str], schedule: Schedule) ->
 
 def bubble(found: list[Event], text: str, schedule: Schedule) -> dict:
     """`beside_the_simulator` of a profiled step; `text` is its compiled program."""
-    return beside_the_simulator(cell_spans(found, cells_of_instructions(text), schedule), schedule)
+    spans = cell_spans(found, cells_of_instructions(text), schedule)
+    return beside_the_simulator(spans, schedule, senders_wait=False)
 
 
-def beside_the_simulator(spans: Spans, schedule: Schedule) -> dict:
+def beside_the_simulator(spans: Spans, schedule: Schedule, senders_wait: bool = True) -> dict:
     """The idle share of a step beside the simulator's, with the times of its cells and of a meeting.
 
     Idle is what lies outside of cells, from the first start to the last end. `in_step` simulates ranks that
-    meet wherever one sends, `free` ranks that wait for their operands only; both with the mean time of the
-    cells of a kind on a stage, and of a meeting.
+    meet wherever one sends (or, unless `senders_wait`, that wait for what is sent to them), `free` ranks that
+    wait for nothing before they need it; all with the mean time of the cells of a kind on a stage, and with
+    that of a meeting, or of the loop between two cells.
     """
     table = place(schedule)
     length = max(row[-1][1] for row in spans) - min(row[0][0] for row in spans)
@@ -144,9 +146,11 @@ def beside_the_simulator(spans: Spans, schedule: Schedule) -> dict:
         for cell, (start, end) in zip(cells, row, strict=True):
             times[tuple((op.kind, op.stage) for op in cell)].append(end - start)
     means = {key: statistics.mean(values) for key, values in times.items()}
-    meetings = _meetings(spans, table)
-    measured = CellTimes(means, statistics.mean(meetings))
-    together, free = simulate_in_step(table, measured), simulate(schedule, measured)
+    meeting = statistics.mean(_meetings(spans, table)) if senders_wait else 0.0
+    between = 0.0 if senders_wait else statistics.mean(_between(spans, table))
+    measured = CellTimes(means, meeting)
+    together = simulate_in_step(table, measured, senders_wait=senders_wait, between=between)
+    free = simulate(schedule, measured)
     return {
         "measured": {"step_ms": length, "idle": 1 - sum(busy) / (length * len(busy))},
         "in_step": {"step_ms": together.makespan, "idle": together.bubble_fraction},
@@ -156,26 +160,37 @@ def beside_the_simulator(spans: Spans, schedule: Schedule) -> dict:
             "&".join(f"{kind}{stage}" for kind, stage in key): max(values) / min(values)
             for key, values in times.items()
         },
-        "meeting_ms": measured.send,
+        "meeting_ms": meeting,
+        "between_ms": between,
     }
 
 
 def _meetings(spans: Spans, table) -> list[float]:
     """Of each tick with a send: from its last end to the next tick's start, a mean over ranks."""
-    stops, place_of = {send.tick for send in table.sends}, [0] * len(spans)
-    ticks: list[list[tuple[float, float]]] = []
-    for row in table.ticks:
-        ticks.append([])
-        for rank, cell in enumerate(row):
-            if cell:
-                ticks[-1].append(spans[rank][place_of[rank]])
-                place_of[rank] += 1
-    pairs = zip(ticks, ticks[1:], strict=False)
+    stops, ticks = {send.tick for send in table.sends}, _by_tick(spans, table)
+    pairs = enumerate(zip(ticks, ticks[1:], strict=False))
     return [
-        statistics.mean(start for start, _ in after) - max(end for _, end in before)
-        for tick, (before, after) in enumerate(pairs)
+        statistics.mean(start for start, _ in after.values()) - max(end for _, end in before.values())
+        for tick, (before, after) in pairs
         if tick in stops
     ]
+
+
+def _between(spans: Spans, table) -> list[float]:
+    """Of each tick without a send: from the end of each rank's cell to the start of its next."""
+    stops, ticks = {send.tick for send in table.sends}, _by_tick(spans, table)
+    pairs = enumerate(zip(ticks, ticks[1:], strict=False))
+    return [
+        after[rank][0] - before[rank][1]
+        for tick, (before, after) in pairs
+        for rank in before
+        if tick not in stops and rank in after
+    ]
+
+
+def _by_tick(spans: Spans, table) -> list[dict[int, tuple[float, float]]]:
+    rows = [iter(row) for row in spans]
+    return [{rank: next(rows[rank]) for rank, cell in enumerate(row) if cell} for row in table.ticks]
 
 
 # ---------------------------------------------------------------- collectives

@@ -142,16 +142,25 @@ def simulate(
 
 
 def simulate_in_step(
-    table: Table, durations: Durations | CellTimes, sizes: Sequence[Time] | None = None
+    table: Table,
+    durations: Durations | CellTimes,
+    sizes: Sequence[Time] | None = None,
+    *,
+    senders_wait: bool = True,
+    between: Time = 0,
 ) -> Timeline:
-    """A schedule where every rank waits for all others at the end of each tick in which something is sent.
+    """A schedule where ranks wait for each other at the end of each tick in which something is sent.
 
-    So it runs on fake CPU devices, whose collectives are a meeting of all, and on two GPUs, where a send is a
-    meeting of both. Where cells of one tick differ in length, as F and B of 1F1B do, it takes longer than
-    `simulate` says. A meeting itself takes `durations.send`, and every rank waits for it.
+    All for all, as on fake CPU devices, whose collectives are a meeting of everybody. With `senders_wait`
+    False only those that receive, for those that send to them in that tick: so it is on GPUs, where a send
+    that fits into the buffers of the link is over when it has left. Where cells of one tick differ in length,
+    as F and B of 1F1B do, both may take longer than `simulate` says, where a rank waits for nothing before it
+    needs it. A meeting takes `durations.send`; `between` is what the loop itself takes after each tick.
     """
     schedule = table.schedule
-    stops = {send.tick for send in table.sends}
+    sends: dict[int, list[tuple[int, int]]] = {}
+    for send in table.sends:
+        sends.setdefault(send.tick, []).append((send.source, send.target))
     now: list[Time] = [0] * schedule.n_ranks
     spans: list[list[tuple[Time, Time]]] = [[] for _ in now]
     for tick, row in enumerate(table.ticks):
@@ -159,8 +168,13 @@ def simulate_in_step(
             if cell:
                 spans[rank].append((now[rank], now[rank] + durations.of(cell, sizes)))
                 now[rank] = spans[rank][-1][1]
-        if tick in stops:
-            now = [max(now) + durations.send] * schedule.n_ranks
+        ends = list(now)
+        if tick in sends and senders_wait:
+            now = [max(ends) + durations.send] * schedule.n_ranks
+        elif tick in sends:
+            for source, target in sends[tick]:
+                now[target] = max(now[target], ends[source] + durations.send)
+        now = [time + between for time in now]
     return Timeline(schedule, tuple(map(tuple, spans)))
 
 

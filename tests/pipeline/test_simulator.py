@@ -177,3 +177,17 @@ def test_ranks_that_step_together_wait_for_the_longest_cell_of_a_tick():
     ticks = place(build("1f1b", 4, 16)).ticks
     assert together == sum(2 if any(op.kind == "B" for cell in row for op in cell) else 1 for row in ticks)
     assert together > free == 3 * (16 + 3)
+
+
+def test_ranks_that_wait_for_what_is_sent_to_them_alone():
+    # Two ranks, two micro-batches, F 1, B 3: rank 0 sends F0 at 1 and F1 at 2; rank 1 sends B0 at 5, B1 at 9.
+    table, d = place(build("1f1b", 2, 2)), Durations(1, 3, 1)
+    alone = simulate_in_step(table, d, senders_wait=False)
+    assert alone.spans == (((0, 1), (1, 2), (5, 8), (9, 12)), ((1, 2), (2, 5), (5, 6), (6, 9)))
+    # The loop takes 1 after every tick: after F0 on rank 0 and after the four cells on rank 1.
+    assert simulate_in_step(table, d, senders_wait=False, between=1).makespan == 12 + 5
+    # ZB1P, whose cells of a tick differ: a sender that goes on is between all that meet and none that wait.
+    schedule, d = build("zb1p", 2, 8), Durations(1, 5, 3)
+    table = place(schedule)
+    steps = [simulate_in_step(table, d, senders_wait=wait).makespan for wait in (False, True)]
+    assert simulate(schedule, d).makespan <= steps[0] < steps[1]
