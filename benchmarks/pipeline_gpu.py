@@ -131,16 +131,15 @@ def counted_memory(config, mesh) -> dict[str, float]:
     """GiB that a device holds at the peak, as the planner counts."""
     import jax
 
-    from dsv3_jax.pipeline import memory
-    from dsv3_jax.planning import memory as planned
+    from dsv3_jax.planning import memory, stages
     from dsv3_jax.planning.shapes import Split
 
     platform = "gpu" if jax.default_backend() == "gpu" else "cpu"
     if config.train.pipeline:
-        found = memory.of_rank(config, mesh, platform)
+        found = stages.of_rank(config, mesh, platform)
     else:
         split = Split(mesh.shape["data"], mesh.shape["expert"], config.mesh.sharding)
-        found = planned.of_step(config, split, platform)
+        found = memory.of_step(config, split, platform)
     return {name: size / 2**30 for name, size in found._asdict().items()}
 
 

@@ -70,6 +70,12 @@ CASES = (
             "train.batch_size=32",
         ),
     ),
+    Case(
+        "proxy_300m",
+        "configs/proxy_300m.py",
+        "v6e:2x2",
+        ("mesh.data=2", "mesh.expert=2", "mesh.sharding=fsdp"),
+    ),
     Case("small_gpu", "configs/small_gpu.py", "v5p:2x2x1", ("mesh.data=4", "mesh.sharding=fsdp")),
     Case("llm_7b", "configs/llm_7b.py", "v6e:4x4", ("train.batch_size=32", "train.micro_batch_size=16")),
     Case("v3_671b", "configs/v3_671b.py", "v5p:8x8x16"),

@@ -4,8 +4,9 @@
 
 Half of the experts on each GPU (`mesh.expert=2`), all else split over both (`fsdp`). A GPU holds 7.85B
 parameters: 88 GiB of fp32 weights, fp32 gradients and two bf16 moments, and with `remat="v3"` the
-activations of 3 sequences. On two H200s it took 115 GiB of the 132 that JAX takes, and ran at 16,365 tokens/s a GPU
-(17,539 with `train.precision=fp8`, 107 GiB). The published recipe and what differs from it are in `v2_lite.py`.
+activations of 3 sequences. On two H200s it took 115 GiB of the 132 that JAX takes, and ran at 16,365 tokens/s
+a GPU (17,539 and 107 GiB with `train.precision=fp8`). The published recipe and what differs from it are in
+`v2_lite.py`.
 """
 
 from dsv3_jax.config import config_dict

@@ -154,15 +154,16 @@ def _run_pipeline_memory(args: argparse.Namespace) -> int:
 
     _shared.on_cpu()
     from dsv3_jax.config_checks import ConfigError, override, typed
-    from dsv3_jax.pipeline import ScheduleError, memory
+    from dsv3_jax.pipeline import ScheduleError
+    from dsv3_jax.planning import stages
 
     try:
         tree = _shared.load_config(args.config)
         config = typed(tree, override(tree, args.overrides), lambda _: [])
-        found = memory.planned(config, args.pipeline, args.ranks, args.microbatches, args.chunks)
+        found = stages.planned(config, args.pipeline, args.ranks, args.microbatches, args.chunks)
     except (ConfigError, ScheduleError) as error:
         return _shared.fail(f"dsv3 plan: {error}", 2)
-    print("\n".join(["", *memory.lines(found)]))
+    print("\n".join(["", *stages.lines(found)]))
     return 0
 
 

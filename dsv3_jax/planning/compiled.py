@@ -2,11 +2,16 @@
 
 `libtpu` (from PyPI) holds TPU's compiler and needs no TPU. Shapes carry their shardings; nothing is
 allocated, and the program is the one that `train.py` runs on that slice.
+
+It is compiled at XLA's lowest level of optimisation unless `JAX_OPTIMIZATION_LEVEL` names another: that takes
+DeepSeek-V3 40% of the CPU time, and its peak is 2.5% from the default level's (docs/planning.md).
 """
 
+import contextlib
 import os
 import re
 import time
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -85,7 +90,8 @@ def compile_step(config: Config, topology: Topology) -> Compiled:
         traced = step.trace(abstract_state(config, mesh), batch, scalar(jnp.int32), rates)
         lowered = traced.lower(lowering_platforms=("tpu",))
     try:
-        program = lowered.compile()
+        with _quickly():
+            program = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         raise _too_large(error, topology) from None
     analysis = program.memory_analysis()
@@ -96,6 +102,17 @@ def compile_step(config: Config, topology: Topology) -> Compiled:
         time.perf_counter() - started,
         program.as_text(),
     )
+
+
+@contextlib.contextmanager
+def _quickly() -> Iterator[None]:
+    """Compiles at the lowest level of optimisation unless the user asked for one."""
+    asked = jax.config.values["jax_optimization_level"]
+    jax.config.update("jax_optimization_level", "O0" if asked == "UNKNOWN" else asked)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_optimization_level", asked)
 
 
 def _too_large(error: Exception, topology: Topology) -> Exception:

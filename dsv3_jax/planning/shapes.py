@@ -70,13 +70,13 @@ def split_of(config: Config, topology: Topology) -> Split:
     return Split(shape.data, shape.expert, config.mesh.sharding)
 
 
-def stand_in_mesh(data: int, expert: int, platform: str) -> Mesh:
+def stand_in_mesh(data: int, expert: int, platform: str, pipe: int = 1) -> Mesh:
     """A mesh of devices that are not here."""
-    devices: Any = np.empty(data * expert, dtype=object)
+    sizes = {"pipe": pipe, "data": data, "expert": expert}
+    devices: Any = np.empty(math.prod(sizes.values()), dtype=object)
     for i in range(devices.size):
         devices[i] = StandIn(i, platform, platform)
-    sizes = {"data": data, "expert": expert}
-    return Mesh(devices.reshape([sizes.get(axis, 1) for axis in AXES]), AXES)
+    return Mesh(devices.reshape([sizes[axis] for axis in AXES]), AXES)
 
 
 @functools.lru_cache(maxsize=8)

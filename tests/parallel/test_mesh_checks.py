@@ -58,7 +58,8 @@ def test_every_mesh_passes_or_is_refused_with_meshes_that_pass():
 def test_nodes_divide_the_ranks_of_experts():
     for node in (-1, 4):
         (problem,) = refused(data=1, expert=6, expert_node=node)
-        assert (problem.field, problem.value) == ("mesh.expert_node", node) and "mesh.expert = 6" in problem.fix
+        assert (problem.field, problem.value) == ("mesh.expert_node", node)
+        assert "mesh.expert = 6" in problem.fix
     assert refused(data=1, expert=6, expert_node=3) == []
 
 

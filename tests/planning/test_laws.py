@@ -52,7 +52,8 @@ def test_cost_is_arithmetic():
     found = cost.of_run(1e6, 1e12, 1e15, 4, 0.5, 3.6)
     assert found.seconds == pytest.approx(500) and found.device_hours == pytest.approx(2000 / 3600)
     assert found.dollars == pytest.approx(2.0) and found.days == pytest.approx(500 / 86400)
-    with pytest.raises(PlanError, match="mfu = 1.2"):
-        cost.of_run(1, 1, 1, 1, 1.2, 0)
+    assert cost.of_run(1, 1, 1, 1, 1.5, 0).seconds == pytest.approx(2 / 3)  # FP8, of the peak of bf16.
+    with pytest.raises(PlanError, match="mfu = 2.2"):
+        cost.of_run(1, 1, 1, 1, 2.2, 0)
     with pytest.raises(PlanError, match="price = -1"):
         cost.of_run(1, 1, 1, 1, 0.4, -1)

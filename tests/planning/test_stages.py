@@ -10,7 +10,8 @@ import pytest
 from dsv3_jax.cli import main
 from dsv3_jax.cli._shared import load_config
 from dsv3_jax.config_checks import override, typed
-from dsv3_jax.pipeline import ScheduleError, memory
+from dsv3_jax.pipeline import ScheduleError
+from dsv3_jax.planning import stages
 from dsv3_jax.planning.shapes import parameter_shapes
 
 ROOT = Path(__file__).parents[2]
@@ -26,7 +27,7 @@ def config(file, **fields):
 def test_within_a_tenth_of_what_two_gpus_took(name):
     fields = {"model.n_layers": 4, "model.moe.n_dense_layers": 0, "train.remat": "none"}
     of = config("small_gpu.py", **fields, **{"train.micro_batch_size": 2})
-    found = memory.planned(of, name, 2, 8, 2)
+    found = stages.planned(of, name, 2, 8, 2)
     measured = json.loads(MEASURED.read_text())[name]["peak_gib"] * 2**30
     assert abs(found.total / measured - 1) < 0.1
 
@@ -38,7 +39,7 @@ def test_what_is_kept_is_counted():
     size = {name: 4 * sum(math.prod(x.shape) for x in jax.tree.leaves(tree)) for name, tree in shapes.items()}
     layers = size["dense_layers"] + size["moe_layers"]
     rest = sum(size.values()) - layers
-    found = memory.planned(of, "dualpipe", 2, 8, 2)
+    found = stages.planned(of, "dualpipe", 2, 8, 2)
     # A parameter and two moments, each split over both ranks but for a few vectors.
     assert found.state == pytest.approx(3 * (layers + rest) / 2, rel=0.01)
     # Both ranks hold both stages, a dense layer and three MoE layers in 2 x 2 places of MoE and 2 of dense.
@@ -48,10 +49,10 @@ def test_what_is_kept_is_counted():
     # 2 + 1 slots for inputs, 1 + 1 for gradients (`place`), of 2 x 256 x 128 float32.
     assert found.slots == 5 * 2 * 256 * 128 * 4
     # One layer's residuals at a time, of the two in a stage, and the layers' inputs.
-    less = memory.planned(config("tiny.py", **fields, **{"train.remat": "full"}), "dualpipe", 2, 8, 2)
+    less = stages.planned(config("tiny.py", **fields, **{"train.remat": "full"}), "dualpipe", 2, 8, 2)
     assert 0.5 * found.residuals < less.residuals < 0.8 * found.residuals
     with pytest.raises(ScheduleError, match="4 layers in 16 stages"):
-        memory.planned(of, "dualpipev", 8, 16, 2)
+        stages.planned(of, "dualpipev", 8, 16, 2)
 
 
 def test_plan_prints_it(capsys):

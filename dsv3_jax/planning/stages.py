@@ -14,16 +14,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from dsv3_jax.config import Config
-from dsv3_jax.parallel.mesh import AXES, use_mesh
+from dsv3_jax.parallel.mesh import use_mesh
 from dsv3_jax.pipeline import runner, step
 from dsv3_jax.pipeline.schedules import Schedule, ScheduleError, build, n_stages, stage_sizes
 from dsv3_jax.pipeline.table import place
-from dsv3_jax.planning.shapes import StandIn
+from dsv3_jax.planning.shapes import stand_in_mesh
 from dsv3_jax.training.losses import losses
 from dsv3_jax.training.state import TrainState, abstract_state, make_model, shardings
 from pallas_kernels import target_platform
@@ -45,15 +44,6 @@ class Memory(NamedTuple):
     def total(self) -> float:
         """At the peak."""
         return sum(self)
-
-
-def stand_in_mesh(pipe: int, data: int, expert: int, platform: str) -> Mesh:
-    """A mesh of devices that are not here."""
-    sizes = {"pipe": pipe, "data": data, "expert": expert}
-    devices: Any = np.empty(math.prod(sizes.values()), dtype=object)
-    for i in range(devices.size):
-        devices[i] = StandIn(i, platform, platform)
-    return Mesh(devices.reshape([sizes[axis] for axis in AXES]), AXES)
 
 
 def of_rank(config: Config, mesh: Mesh, platform: str) -> Memory:
@@ -117,7 +107,7 @@ def planned(
         batch_size=micro * n_microbatches,
     )
     config = dataclasses.replace(config, train=train, mesh=mesh)
-    return of_rank(config, stand_in_mesh(ranks, mesh.data, mesh.expert, platform), platform)
+    return of_rank(config, stand_in_mesh(mesh.data, mesh.expert, platform, ranks), platform)
 
 
 def lines(memory: Memory) -> list[str]:
