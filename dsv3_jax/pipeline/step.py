@@ -160,5 +160,7 @@ def _scattered(sums: runner.Sums, shardings: Tree, layers: dict[str, np.ndarray]
 
 def _copies(axes: layout.Axes) -> tuple[str, ...]:
     """The axes over which devices work on different sequences with the same values of an array."""
-    experts = LOGICAL_AXES["experts"]  # Split over these alone only where experts are; else it is FSDP.
-    return tuple(name for name in BATCH if experts not in axes or name not in experts)
+    experts = LOGICAL_AXES["experts"]
+    # Where experts are, a dimension is split over these first; else by ZeRO, over `data` first.
+    held = any(split[: len(experts)] == experts for split in axes)
+    return tuple(name for name in BATCH if not held or name not in experts)
