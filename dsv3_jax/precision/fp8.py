@@ -122,7 +122,7 @@ def linear(
     return _linear_fwd(x, w, recipe, after_attention)[0]
 
 
-def _linear_fwd(x, w, recipe, after_attention):
+def _linear_fwd(x: Array, w: Array, recipe: FP8Config, after_attention: bool):
     x8 = activation(x, recipe, power_of_two=after_attention and recipe.power_of_two)
     keep = recipe.attention_output if after_attention else "fp8"
     kept = x8 if keep == "fp8" else x if keep == "bf16" else pack_rows_e5m6(x)

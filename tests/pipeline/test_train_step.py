@@ -125,11 +125,11 @@ def compare(c, tolerance=1e-6, loss_tolerance=1e-6):
 # the balance loss of whole micro-batches. Sums are of float32 terms in another order: entries
 # differ by 7e-7 of an array's largest one at most (run once in float64: by 1e-15).
 CASES = {
-    "1f1b, 2 x 2 x 2, ZeRO-1, prediction": dict(
-        name="1f1b", mesh=MeshConfig(pipe=2, data=2, expert=2, sharding="zero1"), mtp=2, n_dense_layers=0
+    "1f1b, 2 x 2 x 2, FSDP, prediction": dict(
+        name="1f1b", mesh=MeshConfig(pipe=2, data=2, expert=2, sharding="fsdp"), mtp=2, n_dense_layers=0
     ),
-    "dualpipe, 2 x 2 x 1, FSDP, remat": dict(
-        name="dualpipe", mesh=MeshConfig(pipe=2, data=2, sharding="fsdp"), remat="full", n_dense_layers=1
+    "dualpipe, 2 x 2 x 1, ZeRO-1, remat": dict(
+        name="dualpipe", mesh=MeshConfig(pipe=2, data=2, sharding="zero1"), remat="full", n_dense_layers=1
     ),
 }
 
