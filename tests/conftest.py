@@ -31,10 +31,3 @@ def pytest_configure(config):
     packages += [f"dsv3_jax.training.{name}" for name in arrays]
     packages += ["dsv3_jax.generation", "dsv3_jax.evaluation", "dsv3_jax.serving"]
     install_import_hook(packages, "beartype.beartype")
-
-
-def pytest_collection_modifyitems(config, items):
-    """Whole grids take too long for every change: `pytest -m grid` runs them."""
-    if "grid" not in (config.option.markexpr or ""):
-        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("grid")])
-        items[:] = [item for item in items if not item.get_closest_marker("grid")]

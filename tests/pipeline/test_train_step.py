@@ -22,7 +22,6 @@ from dsv3_jax.config import (
 )
 from dsv3_jax.config_checks import check, check_machine
 from dsv3_jax.parallel.mesh import make_mesh, use_mesh
-from dsv3_jax.pipeline import NAMES
 from dsv3_jax.training.state import abstract_state, shardings
 from dsv3_jax.training.step import batch_sharding, gradients
 
@@ -139,29 +138,6 @@ def test_gradients_equal_those_without_a_pipeline(case):
     fields = dict(CASES[case])
     moe = dict(batch_loss=0.1, n_shared=0, n_dense_layers=fields.pop("n_dense_layers"))
     compare(config(micros=4, rows=16, layers=2, moe=moe, **fields))
-
-
-def grid():
-    """Every schedule on 2, 4 and 8 ranks, the other devices on the other axes, 0 to 2 prediction depths."""
-    for name in NAMES:
-        twice = 2 if name in ("dualpipe", "dualpipev") else 1
-        stages = 2 if name in ("interleaved", "dualpipev") else 1
-        for ranks, data, expert, micros, mtp in ((2, 2, 2, 2, 2), (4, 1, 2, 16, 1), (8, 1, 1, 8, 0)):
-            micros = max(micros, twice * ranks)
-            mesh = MeshConfig(pipe=ranks, data=data, expert=expert, sharding="zero1" if data == 1 else "fsdp")
-            fields = dict(micros=micros, mtp=mtp, layers=stages * ranks + 1, rows=4 * micros)
-            moe = dict(batch_loss=0.1, n_dense_layers=1)
-            yield pytest.param(config(name, mesh=mesh, moe=moe, **fields), 1e-6, 1e-6, id=f"{name} {ranks}")
-        mesh = MeshConfig(pipe=2, data=1, expert=2)
-        fields = dict(micros=2 * twice, rows=4 * twice, layers=2 * stages + 1, precision="fp8")
-        # As in the test below.
-        yield pytest.param(config(name, mesh=mesh, **fields), 0.05, 1e-3, id=f"{name} fp8")
-
-
-@pytest.mark.grid
-@pytest.mark.parametrize(("c", "tolerance", "loss_tolerance"), list(grid()))
-def test_every_schedule_equals_no_pipeline(c, tolerance, loss_tolerance):
-    compare(c, tolerance, loss_tolerance)
 
 
 def test_fp8_and_stages_of_one_layer_and_of_two():
