@@ -179,18 +179,19 @@ class Engine:
         pages = self.pages.take(self._pages_for(len(self._queue[0].prompt), self._queue[0].params))
         if pages is None:
             return
-        with self._lock:
-            request = self._queue.popleft()
+        request = self._queue[0]  # It waits until it is seen to run: where neither is seen, no page is held.
         request.pages, request.slot = pages, free
         request.follower = Follower(request.params, self.tokenizer, self.eos_id)
         self._joining = self.device.begin(request)
+        with self._lock:
+            self._queue.popleft()
 
     def _join(self, request: Request) -> None:
         """The prompt is read: the request takes its slot, and has its first token."""
         assert self._joining is not None
         emitted = self.device.join(self._joining)
-        self._joining = None
         self._slots[request.slot] = request
+        self._joining = None
         self.counters.prompt_tokens += len(request.prompt)
         self.counters.first_token_seconds += time.perf_counter() - request.submitted
         self._push(request, emitted, 0)
@@ -226,12 +227,12 @@ class Engine:
         """Frees the slot and the pages, and delivers the last piece."""
         request.done = True
         if request.slot >= 0:
-            if self._slots[request.slot] is request:
-                self._slots[request.slot] = None
-                self.device.leave(request.slot)
             # A step under way may still write there; whoever has the pages next writes after it.
             self.pages.give_back(request.pages)
             request.pages = []
+            if self._slots[request.slot] is request:
+                self._slots[request.slot] = None
+                self.device.leave(request.slot)
         name = {"cancelled": "cancelled", "error": "failed"}.get(piece.finish_reason or "", "completed")
         setattr(self.counters, name, getattr(self.counters, name) + 1)
         request.deliver(piece)
@@ -243,11 +244,12 @@ class Engine:
                 self._queue.remove(request)
         joining = self._joining.request if self._joining else None
         if joining is not None and joining.cancelled:
-            self._joining = None
             waiting.append(joining)
         for request in [*waiting, *filter(None, self._slots)]:
             if request.cancelled:
                 self._finish(request, Piece([], [], "", "cancelled"))
+        if joining is not None and joining.done:
+            self._joining = None
 
     def _cancel_all(self, reason: str = "cancelled") -> None:
         joining = [self._joining.request] if self._joining else []
