@@ -9,6 +9,7 @@ Each peer says one thing, when it leaves: "bye", or the exit code with which it 
 Process 0 says one line to all, "INDEX NAME HOW": who has left, and how: "lost", "bye" or an exit code.
 """
 
+import contextlib
 import ctypes
 import os
 import secrets
@@ -173,10 +174,8 @@ def _keep_alive(connection: socket.socket) -> None:
 
 
 def _send(connection: socket.socket, line: str) -> None:
-    try:
+    with contextlib.suppress(OSError):  # It is gone, which the watching thread sees too.
         connection.sendall(f"{line}\n".encode())
-    except OSError:
-        pass  # It is gone, which the watching thread sees too.
 
 
 def _line(connection: socket.socket) -> str:
