@@ -22,9 +22,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.mla_attention import mosaic_gpu_common as common
 from pallas_kernels.mla_attention.mosaic_gpu_common import WARPGROUPS, arrive, sync, tiled
 from pallas_kernels.mla_decode import mosaic_gpu_registers as registers
+from pallas_kernels.mla_decode import mosaic_gpu_shares as shares
 from pallas_kernels.mla_decode.mosaic_gpu_few_rows_compute import (
     ALL_ROWS,
-    BLOCK,
     ENTRIES,
     Q_FACTOR,
     Q_FREE,
@@ -36,7 +36,7 @@ from pallas_kernels.mla_decode.mosaic_gpu_few_rows_compute import (
     free,
     pieces_of,
 )
-from pallas_kernels.mla_decode.mosaic_gpu_split import pieces_of_group
+from pallas_kernels.mla_decode.mosaic_gpu_shares import BLOCK
 
 
 class _Operands(typing.NamedTuple):
@@ -47,11 +47,10 @@ class _Operands(typing.NamedTuple):
     c_kv_scale: typing.Any
     k_rope_scale: typing.Any
     lengths: typing.Any
-    edges: typing.Any
     table: typing.Any
 
 
-def split(q, c_kv, k_rope, c_kv_scale, k_rope_scale, lengths, edges, table, *, call):
+def split(q, c_kv, k_rope, c_kv_scale, k_rope_scale, lengths, table, *, call):
     """Partial results of all groups, as `mosaic_gpu_split.split` gives them.
 
     Args:
@@ -60,13 +59,12 @@ def split(q, c_kv, k_rope, c_kv_scale, k_rope_scale, lengths, edges, table, *, c
       k_rope: likewise `[batch or pages, slots, rope]`.
       c_kv_scale, k_rope_scale: float32 factors `[batch or pages, slots]` of codes, not negative; else None.
       lengths: int32 `[batch]`.
-      edges: int32 `[groups + 1, 2]`: sequence and block of 128 entries at which a group starts.
       table: int32 `[batch, max_pages]`, or None for a contiguous cache.
       call: what is static.
 
     Returns:
-      float32 outputs `[parts, part_rows, rank]` and log-sum-exps in base 2 `[parts, tiles * 16]`. Group g's
-      part of sequence b is number b + g.
+      float32 outputs `[parts, part_rows, rank]`, log-sum-exps in base 2 `[parts, tiles * 16]`, and the parts
+      of each sequence, int32 `[batch, 2]`, as `shares.for_every_piece` says.
     """
     codes = None if c_kv_scale is None else c_kv.dtype
     q_factor = None
@@ -75,31 +73,37 @@ def split(q, c_kv, k_rope, c_kv_scale, k_rope_scale, lengths, edges, table, *, c
         c_kv, k_rope = (lax.bitcast_convert_type(x, jnp.int8) for x in (c_kv, k_rope))
 
     def kernel(*refs):
-        operands, outs, shared = _Operands(*refs[:9]), refs[9:11], Shared(*refs[11:])
+        operands, outs, bounds, shared = _Operands(*refs[:8]), refs[8:10], refs[10], Shared(*refs[11:])
         program = lax.axis_index("program")
         group, tile = lax.div(program, call.tiles), lax.rem(program, call.tiles)
-        for_every_piece = pieces_of_group(operands.lengths, operands.edges, group)
+        share = shares.share_of(operands.lengths, group, groups=call.groups, capacity=call.capacity)
+        pieces = functools.partial(shares.for_every_piece, share, operands.lengths)
 
         def compute(wg):
             for piece in range(pieces_of(call) + 1):
                 arrive(free(call, piece), wg, 128 + call.loaders)
             arrive(Q_FREE, 0, THREADS + call.loaders)
-            for_every_piece(lambda *piece: Compute(call, codes, shared, wg, tile, group, *piece).run(outs))
+
+            def work(*piece):
+                Compute(call, codes, shared, wg, tile, group, *piece).run(outs)
+
+            pieces(bounds, group, call.capacity, work)
             plgpu.wait_smem_to_gmem(0)
 
         def load():
-            for_every_piece(functools.partial(_load, call, operands, shared, tile))
+            pieces(None, group, call.capacity, functools.partial(_load, call, operands, shared, tile))
 
         common.roles(compute, lambda: common.load_with(call.loaders, load))
 
     out_type = [
         jax.ShapeDtypeStruct((call.parts, call.part_rows, call.rank), jnp.float32),
         jax.ShapeDtypeStruct((call.parts, call.tiles * ROWS), jnp.float32),
+        jax.ShapeDtypeStruct((call.batch, 2), jnp.int32),
     ]
     scratch = list(_scratch(call, codes))
     name = "mla_decode_few_rows" if codes is None else "mla_decode_codes"
     run = common.launch(kernel, name, call.groups * call.tiles, out_type, scratch)
-    return run(q, q_factor, c_kv, k_rope, c_kv_scale, k_rope_scale, lengths, edges, table)
+    return run(q, q_factor, c_kv, k_rope, c_kv_scale, k_rope_scale, lengths, table)
 
 
 def _half(q):
@@ -139,14 +143,17 @@ def _scratch(call, codes) -> Shared:
 
 
 def _load(call, operands, shared, tile, b, length, low, high):
-    """Loads what a piece needs."""
-    sync(Q_FREE, 0, THREADS + call.loaders)
+    """Loads what a piece needs: queries after the first block, as the piece before may still use its own."""
     rows = pl.ds(tile * ROWS, ROWS)
-    plgpu.copy_gmem_to_smem(operands.q.at[b, rows], shared.q.at[0], shared.q_full)
-    if operands.q_factor is not None:
-        plgpu.copy_gmem_to_smem(
-            operands.q_factor.at[b, rows], shared.by_row.at[Q_FACTOR, ALL_ROWS], shared.q_full
-        )
+
+    def load_queries():
+        sync(Q_FREE, 0, THREADS + call.loaders)
+        plgpu.copy_gmem_to_smem(operands.q.at[b, rows], shared.q.at[0], shared.q_full)
+        if operands.q_factor is not None:
+            plgpu.copy_gmem_to_smem(
+                operands.q_factor.at[b, rows], shared.by_row.at[Q_FACTOR, ALL_ROWS], shared.q_full
+            )
+
     copies = call.copies(ENTRIES)
     size = ENTRIES // copies
 
@@ -182,3 +189,4 @@ def _load(call, operands, shared, tile, b, length, low, high):
                     plgpu.copy_gmem_to_smem(
                         operands.c_kv.at[row, source, columns], shared.c_kv.at[wg, piece, target], full
                     )
+        pl.when(block == low)(load_queries)

@@ -11,10 +11,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.mla_attention import mosaic_gpu_common as common
 from pallas_kernels.mla_attention.mosaic_gpu_common import WARPGROUPS, across, arrive, down, sync
 from pallas_kernels.mla_decode import mosaic_gpu_registers as registers
+from pallas_kernels.mla_decode.mosaic_gpu_shares import BLOCK
 
 ROWS = 16  # queries times heads of a tile
 ENTRIES = registers.ENTRIES
-BLOCK = WARPGROUPS * ENTRIES
 WIDTH = registers.CODES  # columns of a piece of the latents
 THREADS = WARPGROUPS * 128  # that compute
 # Weights of a quantised cache, at most 2^_HEADROOM, are float16: only those below 2^(-25 - _HEADROOM) of the

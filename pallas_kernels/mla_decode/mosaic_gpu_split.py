@@ -6,8 +6,8 @@ shared memory, where the RoPE keys lay, and each warpgroup adds P V to its half 
 third warpgroup loads by TMA. The cache is read from device memory once: the entries that are keys for S are
 the values for P V where they lie.
 
-The work is split along the cache: group g of programs takes an equal share of all sequences' blocks, from
-`edges[g]` to `edges[g + 1]`, and writes one partial result for every sequence it touches.
+The work is split along the cache: every group of programs takes an equal share of all sequences' blocks
+(`mosaic_gpu_shares`), and writes one partial result for every sequence it touches.
 """
 
 import functools
@@ -25,9 +25,10 @@ from jaxlib.mlir.dialects import arith, llvm
 
 from pallas_kernels.mla_attention import mosaic_gpu_common as common
 from pallas_kernels.mla_attention.mosaic_gpu_common import ROWS, WARPGROUPS, across, arrive, sync, tiled
+from pallas_kernels.mla_decode import mosaic_gpu_shares as shares
+from pallas_kernels.mla_decode.mosaic_gpu_shares import BLOCK
 
-HALF = 64  # entries of the cache that a warpgroup scores at a time
-BLOCK = WARPGROUPS * HALF
+HALF = BLOCK // WARPGROUPS  # entries of the cache that a warpgroup scores at a time
 _COMPUTE = WARPGROUPS * 128  # threads
 
 # Hardware barriers; the compiler uses the lower ones.
@@ -43,6 +44,7 @@ class Call(typing.NamedTuple):
     rank: int
     rope: int
     slots: int  # entries of a page, or the capacity
+    capacity: int  # the most entries of a sequence
     paged: bool
     scale: float  # positive
     groups: int  # of programs; each has one for every tile of rows
@@ -81,7 +83,6 @@ class _Operands(typing.NamedTuple):
     c_kv: typing.Any
     k_rope: typing.Any
     lengths: typing.Any
-    edges: typing.Any
     table: typing.Any
 
 
@@ -98,7 +99,7 @@ class _Shared(typing.NamedTuple):
     full: typing.Any
 
 
-def split(q, c_kv, k_rope, lengths, edges, table, *, call):
+def split(q, c_kv, k_rope, lengths, table, *, call):
     """Partial results of all groups.
 
     Args:
@@ -106,30 +107,34 @@ def split(q, c_kv, k_rope, lengths, edges, table, *, call):
       c_kv: bf16 `[batch or pages, slots, rank]`.
       k_rope: bf16 `[batch or pages, slots, rope]`.
       lengths: int32 `[batch]`.
-      edges: int32 `[groups + 1, 2]`: sequence and block at which a group starts.
       table: int32 `[batch, max_pages]`, or None for a contiguous cache.
       call: what is static.
 
     Returns:
-      float32 outputs `[parts, part_rows, rank]` and log-sum-exps in base 2 `[parts, tiles * 64]`. Group g's
-      part of sequence b is number b + g.
+      float32 outputs `[parts, part_rows, rank]`, log-sum-exps in base 2 `[parts, tiles * 64]`, and the parts
+      of each sequence, int32 `[batch, 2]`, as `shares.for_every_piece` says.
     """
 
     def kernel(*refs):
-        operands, outs, shared = _Operands(*refs[:6]), refs[6:8], _Shared(*refs[8:])
+        operands, outs, bounds, shared = _Operands(*refs[:5]), refs[5:7], refs[7], _Shared(*refs[8:])
         program = lax.axis_index("program")
         group, tile = lax.div(program, call.tiles), lax.rem(program, call.tiles)
-        for_every_piece = pieces_of_group(operands.lengths, operands.edges, group)
+        share = shares.share_of(operands.lengths, group, groups=call.groups, capacity=call.capacity)
+        pieces = functools.partial(shares.for_every_piece, share, operands.lengths)
 
         def compute(wg):
             for slot in range(WARPGROUPS):
                 arrive(_FREE, slot, call.with_loader)
             arrive(_Q_FREE, 0, call.with_loader)
-            for_every_piece(lambda *piece: _Compute(call, shared, wg, tile, group, *piece).run(outs))
+
+            def work(*piece):
+                _Compute(call, shared, wg, tile, group, *piece).run(outs)
+
+            pieces(bounds, group, call.capacity, work)
             plgpu.wait_smem_to_gmem(0)
 
         def load():
-            for_every_piece(functools.partial(_load, call, operands, shared, tile))
+            pieces(None, group, call.capacity, functools.partial(_load, call, operands, shared, tile))
 
         common.roles(compute, lambda: common.load_with(call.loaders, load))
 
@@ -146,30 +151,19 @@ def split(q, c_kv, k_rope, lengths, edges, table, *, call):
     out_type = [
         jax.ShapeDtypeStruct((call.parts, call.part_rows, call.rank), jnp.float32),
         jax.ShapeDtypeStruct((call.parts, call.tiles * ROWS), jnp.float32),
+        jax.ShapeDtypeStruct((call.batch, 2), jnp.int32),
     ]
     run = common.launch(kernel, "mla_decode_split", call.groups * call.tiles, out_type, list(scratch))
-    return run(q, c_kv, k_rope, lengths, edges, table)
-
-
-def pieces_of_group(lengths, edges, group):
-    """What runs `work(b, length, low, high)` on the blocks of each sequence that a group reads."""
-    first, last = ((edges[group + i, 0], edges[group + i, 1]) for i in range(2))
-
-    def for_every_piece(work):
-        @pl.loop(first[0], jnp.minimum(last[0], lengths.shape[0] - 1) + 1)
-        def _(b):
-            length = lengths[b]
-            low = jnp.where(b == first[0], first[1], 0)
-            high = jnp.where(b == last[0], last[1], lax.div(length + BLOCK - 1, BLOCK))
-            pl.when(low < high)(lambda: work(b, length, low, high))
-
-    return for_every_piece
+    return run(q, c_kv, k_rope, lengths, table)
 
 
 def _load(call, operands, shared, tile, b, length, low, high):
-    """Loads what a piece needs."""
-    sync(_Q_FREE, 0, call.with_loader)
-    plgpu.copy_gmem_to_smem(operands.q.at[b, pl.ds(tile * ROWS, ROWS)], shared.q, shared.q_full)
+    """Loads what a piece needs: queries after the first block, as the piece before may still use its own."""
+
+    def load_queries():
+        sync(_Q_FREE, 0, call.with_loader)
+        plgpu.copy_gmem_to_smem(operands.q.at[b, pl.ds(tile * ROWS, ROWS)], shared.q, shared.q_full)
+
     copies = call.copies(HALF)
     size = HALF // copies
 
@@ -189,6 +183,7 @@ def _load(call, operands, shared, tile, b, length, low, high):
                 source, target = pl.ds(start, size), pl.ds(copy * size, size)
                 plgpu.copy_gmem_to_smem(operands.c_kv.at[row, source], shared.c_kv.at[slot, target], full)
                 plgpu.copy_gmem_to_smem(operands.k_rope.at[row, source], shared.rope.at[slot, target], full)
+        pl.when(block == low)(load_queries)
 
 
 class _Compute:

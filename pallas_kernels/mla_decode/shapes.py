@@ -119,7 +119,7 @@ CORRECTNESS = (
     Shape(3, (77, 1024, 640), 16, page=64),
     Shape(3, (1, 1500, 250), 24, s_q=2, page=16),
     Shape(2, (4000, 31), 16, s_q=8, page=128),
-    Shape(200, 100, 8),
+    Shape(300, 100, 8),
     Shape(2, (300, 511), 16, rank=256),
     *(
         Shape(*sizes, cache=cache, **more)

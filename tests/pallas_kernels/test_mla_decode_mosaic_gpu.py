@@ -1,56 +1,119 @@
 """The Hopper kernels of `mla_decode`: how work is shared out and lowering here, numbers on a card."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_mla_decode import float64
 
 from pallas_kernels import UnsupportedError, mla_decode, target_platform
 from pallas_kernels.mla_attention import mosaic_gpu as hopper
-from pallas_kernels.mla_decode import mosaic_gpu
 from pallas_kernels.mla_decode.shapes import CORRECTNESS, Shape
 
 lowers = pytest.mark.skipif(jax.__version_info__ < hopper.MINIMUM_JAX, reason="needs JAX 0.11.2")
 
 
-def check_shares(lengths, groups, block=128):
-    """Every block of every sequence goes to one group, its part is found, and no share is much larger."""
-    lengths = np.asarray(lengths, np.int32)
-    edges, bounds = (np.asarray(x) for x in mosaic_gpu.share_out(jnp.asarray(lengths), groups, block))
-    blocks = -(-lengths // block)
-    seen = [[] for _ in lengths]
-    parts = [[] for _ in lengths]
+class Arith:
+    """What `mosaic_gpu_shares` writes for a warp, done at once on 32 numbers."""
+
+    CmpIPredicate = types.SimpleNamespace(slt=np.less, sgt=np.greater, sle=np.less_equal, eq=np.equal)
+    addi, subi, muli, divui, remui = np.add, np.subtract, np.multiply, np.floor_divide, np.remainder
+    minsi, maxsi, andi, select = np.minimum, np.maximum, np.logical_and, np.where
+
+    @staticmethod
+    def extui(_, x):
+        return x.astype(int)
+
+    @staticmethod
+    def cmpi(predicate, x, y):
+        return predicate(x, y)
+
+
+@pytest.fixture
+def warp(monkeypatch):
+    """`shares` on plain numbers, but for its loop over more than 256 sequences."""
+    from pallas_kernels.mla_decode import mosaic_gpu_shares as shares
+
+    utils = types.SimpleNamespace(
+        memref_ptr=lambda ref: ref.array,
+        thread_idx=lambda: np.arange(32),
+        getelementptr=lambda p, i, _: p[i[0]],
+    )
+    stand_ins = {
+        "arith": Arith,
+        "ir": types.SimpleNamespace(
+            IntegerType=types.SimpleNamespace(get_signless=lambda _: None), MemRefType=lambda x: x
+        ),
+        "mgpu": types.SimpleNamespace(utils=utils),
+        "llvm": types.SimpleNamespace(load=lambda _, x: x),
+        "_i32": lambda value: np.full(32, value),
+        "_over_lanes": lambda operation, x: np.full(32, {"add": np.sum, "max": np.max}[operation](x)),
+        "_sums_up_to": np.cumsum,
+    }
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(shares, name, stand_in)
+    # Its loops are Pallas': here they run as they are traced.
+    loop = types.SimpleNamespace(
+        loop=lambda first, end: lambda body: [body(b) for b in range(int(first), int(end))],
+        when=lambda condition: lambda body: body() if condition else None,
+    )
+    monkeypatch.setattr(shares, "pl", loop)
+    return shares
+
+
+CAPACITY = 10**6
+
+
+def share_of(shares, lengths, group, groups):
+    reference = types.SimpleNamespace(type=types.SimpleNamespace(shape=lengths.shape), array=lengths)
+    found = shares._find(reference, np.full(32, group), groups, CAPACITY)
+    assert all((x == x[0]).all() for x in found)  # All threads agree.
+    return shares.Share(*(int(x[0]) for x in found))
+
+
+def check_shares(shares, lengths, groups):
+    """Every block of every sequence goes to one group, its parts are found, and no share is much larger."""
+    lengths = np.asarray(lengths)
+    blocks = -(-lengths // shares.BLOCK)
+    bounds = np.full((len(lengths), 2), -1)
+    seen, parts = [[] for _ in lengths], [[] for _ in lengths]
     for group in range(groups):
-        (first, low), (last, high) = edges[group], edges[group + 1]
-        load = 0
-        for b in range(first, min(last, len(lengths) - 1) + 1):
-            begin, end = (low if b == first else 0), (high if b == last else blocks[b])
-            if begin < end:
-                seen[b] += range(begin, end)
-                parts[b].append(b + group)
-                load += end - begin
-        assert load <= -(-(blocks.sum() + len(lengths)) // groups)
+        load = []
+
+        def work(b, length, low, high, group=group, load=load):
+            assert length == lengths[b]
+            seen[b] += range(low, high)
+            parts[b].append(b + group)
+            load.append(high - low)
+
+        share = share_of(shares, lengths, group, groups)
+        shares.for_every_piece(share, lengths, bounds, group, CAPACITY, work)
+        assert sum(load) <= -(-(blocks.sum() + shares.SEQUENCE_COST * len(lengths)) // groups)
     for b, count in enumerate(blocks):
         assert seen[b] == list(range(count))
-        assert parts[b] == list(range(*bounds[b]))
+        assert parts[b] == list(range(*bounds[b])) and (count or not bounds[b].any())
     numbers = [part for each in parts for part in each]
     assert len(set(numbers)) == len(numbers) and max(numbers, default=0) < len(lengths) + groups - 1
 
 
-@pytest.mark.parametrize("lengths, groups", [([0], 3), ([1], 132), ([0, 0, 500, 0, 1], 4), ([16384], 132)])
-def test_every_block_is_shared_out_once(lengths, groups):
-    check_shares(lengths, groups)
+@pytest.mark.parametrize(
+    "lengths, groups",
+    [([0], 3), ([1], 132), ([0, 0, 500, 0, 1], 4), ([16384], 132), ([128] * 132, 132), ([300, 0] * 50, 66)],
+    ids=str,
+)
+def test_every_block_is_shared_out_once(warp, lengths, groups):
+    check_shares(warp, lengths, groups)
 
 
-@settings(max_examples=25)
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.integers(0, 2000), min_size=7, max_size=7), st.sampled_from([1, 5, 66]))
-def test_any_lengths_are_shared_out(lengths, groups):
-    check_shares(lengths, groups)
+def test_any_lengths_are_shared_out(warp, lengths, groups):
+    check_shares(warp, lengths, groups)
 
 
 def trace(shape, dtype=None):
@@ -75,7 +138,7 @@ def lower(f, operands):
 @pytest.mark.parametrize(
     "shape",
     [
-        Shape(3, 300, 16),
+        Shape(300, 300, 16),
         Shape(2, 700, 128, s_q=2, page=64),
         Shape(2, 90, 24, page=16, rank=256),
         Shape(2, 90, 8, page=16, rank=256),
