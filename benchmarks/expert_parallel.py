@@ -264,6 +264,7 @@ def training_runs(count: int) -> dict[str, tuple[int, str, list[str]]]:
     return {
         "small, one GPU": (1, "", small),
         "small, data-parallel, zero1": (count, "", [*whole, "--config.mesh.sharding=zero1"]),
+        "small, data-parallel, fsdp": (count, "", [*whole, "--config.mesh.sharding=fsdp"]),
         "small, data-parallel, replicated": (count, "", [*whole, "--config.mesh.sharding=replicated"]),
         "small, data-parallel, replicated, pipelined": (
             count,

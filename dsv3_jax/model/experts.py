@@ -19,7 +19,8 @@ from dsv3_jax.config import FP8Config
 from dsv3_jax.model.layers import recompute, swiglu
 from dsv3_jax.parallel.dispatch import Dispatch, combine, dispatch, plan, sort_gates
 from dsv3_jax.parallel.exchange import Exchange, Rounds, capacity, exchange, rounds
-from dsv3_jax.parallel.mesh import current_mesh, expert_wire, spec
+from dsv3_jax.parallel.gather import whole
+from dsv3_jax.parallel.mesh import current_mesh, expert_layout, expert_wire, spec
 from dsv3_jax.parallel.transport import Wire
 from pallas_kernels import grouped_matmul
 
@@ -181,9 +182,15 @@ def routed_experts(
     mesh = current_mesh()
     if mesh is None:
         return local(u, indices, gates, gate_up, down)
-    # shard_map's transpose sums the weight gradients over the devices that hold the same experts.
-    batch, experts = spec("batch"), spec("experts")
-    mapped = jax.shard_map(
-        local, mesh=mesh, in_specs=(batch, batch, batch, experts, experts), out_specs=batch, check_vma=False
-    )
+    batch, layouts = spec("batch"), (expert_layout(gate_up.shape), expert_layout(down.shape))
+    # FP8 takes its scales from the float32 weights.
+    dtype = u.dtype if recipe is None else gate_up.dtype
+
+    def gathered(u, indices, gates, *weights):
+        both = (whole(part, layout, dtype) for part, layout in zip(weights, layouts, strict=True))
+        return local(u, indices, gates, *both)
+
+    # Where devices hold the same experts, shard_map's transpose sums their weight gradients.
+    in_specs = (batch, batch, batch, *layouts)
+    mapped = jax.shard_map(gathered, mesh=mesh, in_specs=in_specs, out_specs=batch, check_vma=False)
     return mapped(u, indices, gates, gate_up, down)

@@ -157,6 +157,15 @@ def state_spec(
     return PartitionSpec(*axes)
 
 
+def expert_layout(shape: Sequence[int]) -> PartitionSpec:
+    """The layout of a layer's expert weights [experts, ...], as the state has it under the surrounding mesh."""
+    mesh, options, _ = _current.get() or _NOWHERE
+    if mesh is None:
+        return PartitionSpec()
+    names = ("experts", *[None for _ in shape[1:]])
+    return state_spec(names, shape, mesh, over_data=options.sharding == "fsdp")
+
+
 def state_shardings(boxed: Any, mesh: Mesh, over_data: bool, table: Table = LOGICAL_AXES) -> Any:
     """NamedShardings for a tree of Flax-partitioned ShapeDtypeStructs, as `state_spec` lays them out."""
 

@@ -1,0 +1,42 @@
+"""Parameters that FSDP splits over `data`, put together where a kernel needs them whole.
+
+The partitioner gathers what XLA multiplies itself, but has to give a kernel under `shard_map` what its in_specs
+say. Gathered there, parameters travel in the dtype of computation, half the bytes of the float32 that is stored,
+while their gradients are summed in float32 and arrive split: no replica ever holds a whole sum.
+"""
+
+import functools
+
+import jax
+from jax import lax
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, DTypeLike, Float
+
+AXIS = "data"
+
+
+def whole(part: Float[Array, "..."], layout: PartitionSpec, dtype: DTypeLike) -> Float[Array, "..."]:
+    """The parameter that ranks of `data` hold parts of, in `dtype`; as it is if `layout` does not split it so.
+
+    Runs inside a `shard_map` over at least `data`, whose in_spec for `part` is `layout`.
+    """
+    for dim, axes in enumerate(layout):
+        if axes is not None and AXIS in axes:  # The innermost axis there: parts lie one after the other.
+            return _gather(part, dim, dtype)
+    return part
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(part: Float[Array, "..."], dim: int, dtype: DTypeLike) -> Float[Array, "..."]:
+    return lax.all_gather(part.astype(dtype), AXIS, axis=dim, tiled=True)
+
+
+def _gather_fwd(part, dim, dtype):
+    return _gather(part, dim, dtype), part[:0]  # Nothing but the dtype.
+
+
+def _gather_bwd(dim, dtype, like, gradient):
+    return (lax.psum_scatter(gradient.astype(like.dtype), AXIS, scatter_dimension=dim, tiled=True),)
+
+
+_gather.defvjp(_gather_fwd, _gather_bwd)
