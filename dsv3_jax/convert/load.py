@@ -62,7 +62,7 @@ def _shardings(config: ModelConfig, mesh: Mesh | None) -> dict[mapping.Path, jax
         return dict.fromkeys(mapping.leaves(config), device)
     key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype)
     boxed = jax.eval_shape(lambda rng: init_variables(Transformer(config), rng), key)
-    tree = state_shardings(boxed, mesh, over_data=True)
+    tree = state_shardings(boxed, mesh, lambda _: True)
     flat, _ = jax.tree_util.tree_flatten_with_path(meta.unbox(tree))
     return {tuple(part.key for part in path): sharding for path, sharding in flat}
 

@@ -186,11 +186,11 @@ def routed_experts(
     # FP8 takes its scales from the float32 weights.
     dtype = u.dtype if recipe is None else gate_up.dtype
 
-    def gathered(u, indices, gates, *weights):
-        both = (whole(part, layout, dtype) for part, layout in zip(weights, layouts, strict=True))
-        return local(u, indices, gates, *both)
+    def gathered(u, indices, gates, *parts):
+        weights = (whole(part, layout, dtype) for part, layout in zip(parts, layouts, strict=True))
+        return local(u, indices, gates, *weights)
 
     # Where devices hold the same experts, shard_map's transpose sums their weight gradients.
-    in_specs = (batch, batch, batch, *layouts)
+    in_specs = (batch, batch, batch, *(layout.spec for layout in layouts))
     mapped = jax.shard_map(gathered, mesh=mesh, in_specs=in_specs, out_specs=batch, check_vma=False)
     return mapped(u, indices, gates, gate_up, down)

@@ -17,16 +17,21 @@ from dsv3_jax.model.attention import attention_module, rope_dim
 from dsv3_jax.model.layers import FFN, RMSNorm, linear, weight
 from dsv3_jax.model.moe import MoE, RouterReport
 from dsv3_jax.model.rope import rotation
+from dsv3_jax.parallel.gather import KEPT
 from dsv3_jax.parallel.mesh import constrain
 
 # What each remat policy keeps for the backward pass; all else inside a block is computed again.
 # "v3" recomputes the norms, the up-projections of MLA and SwiGLU (DeepSeek-V3 §3.2.3).
+# Weights that ZeRO-1 has gathered stay under all of them: gathering is no computation.
 _V3_SAVED = ("mla_latent", "attention_out", "attention_lse", "residual", "ffn_gate_up", "expert_gate_up")
+_POLICIES = jax.checkpoint_policies
 REMAT = {
     "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "v3": jax.checkpoint_policies.save_only_these_names(*_V3_SAVED),
+    "full": _POLICIES.save_only_these_names(KEPT),
+    "dots": _POLICIES.save_from_both_policies(
+        _POLICIES.dots_with_no_batch_dims_saveable, _POLICIES.save_only_these_names(KEPT)
+    ),
+    "v3": _POLICIES.save_only_these_names(*_V3_SAVED, KEPT),
 }
 
 

@@ -1,28 +1,33 @@
-"""Parameters that FSDP splits over `data`, put together where a kernel needs them whole.
+"""Experts' weights that the replicas split, put together for the kernels that multiply by them.
 
-The partitioner gathers what XLA multiplies itself, but has to give a kernel under `shard_map` what its in_specs
-say. Gathered there, parameters travel in the dtype of computation, half the bytes of the float32 that is stored,
-while their gradients are summed in float32 and arrive split: no replica ever holds a whole sum.
+The partitioner gathers what XLA multiplies itself, but has to give a kernel under `shard_map` what its
+in_specs say. Gathered there, layer by layer beside other work, weights travel in the dtype of computation,
+half the bytes of the float32 that is stored, while their gradients are summed in float32 and arrive split: no
+replica ever holds a whole sum.
 """
 
 import functools
 
 import jax
 from jax import lax
-from jax.sharding import PartitionSpec
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, DTypeLike, Float
 
+from dsv3_jax.parallel.mesh import ExpertLayout
+
 AXIS = "data"
+KEPT = "gathered_weights"  # The name by which remat policies know them.
 
 
-def whole(part: Float[Array, "..."], layout: PartitionSpec, dtype: DTypeLike) -> Float[Array, "..."]:
-    """The parameter that ranks of `data` hold parts of, in `dtype`; as it is if `layout` does not split it so.
+def whole(part: Float[Array, "..."], layout: ExpertLayout, dtype: DTypeLike) -> Float[Array, "..."]:
+    """The weights that ranks of `data` hold parts of, in `dtype`; as they are where no part is split off.
 
-    Runs inside a `shard_map` over at least `data`, whose in_spec for `part` is `layout`.
+    Runs inside a `shard_map` over at least `data`, whose in_spec for `part` is `layout.spec`.
     """
-    for dim, axes in enumerate(layout):
+    for dim, axes in enumerate(layout.spec):
         if axes is not None and AXIS in axes:  # The innermost axis there: parts lie one after the other.
-            return _gather(part, dim, dtype)
+            gathered = _gather(part, dim, dtype)
+            return checkpoint_name(gathered, KEPT) if layout.kept else gathered
     return part
 
 

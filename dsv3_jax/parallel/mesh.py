@@ -1,15 +1,15 @@
 """The device mesh and the one table that maps logical axes of arrays to its axes.
 
 The batch is split over `data` x `expert`, the experts' weights over `expert`, the stages of a pipeline over
-`pipe`. ZeRO-1 splits the optimizer state over `data` too, FSDP also the parameters (DeepSeek-V3 §3.1; arXiv
-1910.02054). Any axis may be 1, and one device runs the same code.
+`pipe`. ZeRO-1 splits the optimizer state over `data` too, and the experts' master weights, FSDP all
+parameters (DeepSeek-V3 §3.1; arXiv 1910.02054). Any axis may be 1, and one device runs the same code.
 """
 
 import contextlib
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -157,21 +157,40 @@ def state_spec(
     return PartitionSpec(*axes)
 
 
-def expert_layout(shape: Sequence[int]) -> PartitionSpec:
-    """The layout of a layer's expert weights [experts, ...], as the state has it under the surrounding mesh."""
+def splits(sharding: str, logical: Sequence[str | None]) -> bool:
+    """Whether the replicas split a parameter with these axes: any under FSDP, experts' under ZeRO-1."""
+    return sharding == "fsdp" or (sharding == "zero1" and "experts" in logical)
+
+
+class ExpertLayout(NamedTuple):
+    """How a layer's expert weights [experts, ...] lie on the devices."""
+
+    spec: PartitionSpec
+    kept: bool  # What is gathered in the forward pass stays for the backward pass (ZeRO-1).
+
+
+def expert_layout(shape: Sequence[int]) -> ExpertLayout:
+    """How the state lays out a layer's expert weights of this shape, under the surrounding `use_mesh`."""
     mesh, options, _ = _current.get() or _NOWHERE
-    if mesh is None:
-        return PartitionSpec()
     names = ("experts", *[None for _ in shape[1:]])
-    return state_spec(names, shape, mesh, over_data=options.sharding == "fsdp")
+    if mesh is None:
+        return ExpertLayout(spec(*names), False)
+    found = state_spec(names, shape, mesh, splits(options.sharding, names))
+    return ExpertLayout(found, options.sharding == "zero1")
 
 
-def state_shardings(boxed: Any, mesh: Mesh, over_data: bool, table: Table = LOGICAL_AXES) -> Any:
-    """NamedShardings for a tree of Flax-partitioned ShapeDtypeStructs, as `state_spec` lays them out."""
+def state_shardings(
+    boxed: Any, mesh: Mesh, over_data: Callable[[Sequence[str | None]], bool], table: Table = LOGICAL_AXES
+) -> Any:
+    """NamedShardings for a tree of Flax-partitioned ShapeDtypeStructs, as `state_spec` lays them out.
+
+    `over_data` says by a parameter's logical axes whether the replicas split it.
+    """
 
     def one(leaf: Any) -> NamedSharding:
         if isinstance(leaf, nn.Partitioned):
-            return NamedSharding(mesh, state_spec(leaf.names, leaf.value.shape, mesh, over_data, table))
+            names, shape = leaf.names, leaf.value.shape
+            return NamedSharding(mesh, state_spec(names, shape, mesh, over_data(names), table))
         return NamedSharding(mesh, PartitionSpec())
 
     return jax.tree.map(one, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from dsv3_jax.config import Config
 from dsv3_jax.model import Transformer, init_variables
-from dsv3_jax.parallel.mesh import replicated, state_shardings
+from dsv3_jax.parallel.mesh import replicated, splits, state_shardings
 from dsv3_jax.pipeline.layout import over_pipe
 from dsv3_jax.training import optimizer
 from dsv3_jax.training.ema import HOST
@@ -46,10 +46,10 @@ def abstract_state(config: Config, mesh: Mesh) -> TrainState:
     boxed = jax.eval_shape(lambda key: init_variables(make_model(config), key)["params"], rng)
     shapes = jax.eval_shape(lambda key: _init(config, key), rng)
     by_name = config.mesh.sharding
-    moments = state_shardings(boxed, mesh, over_data=by_name in ("zero1", "fsdp"))
+    moments = state_shardings(boxed, mesh, lambda _: by_name in ("zero1", "fsdp"))
     scalar: Any = replicated(mesh)
     layout = TrainState(
-        params=state_shardings(boxed, mesh, over_data=by_name == "fsdp"),
+        params=state_shardings(boxed, mesh, functools.partial(splits, by_name)),
         router=jax.tree.map(lambda _: replicated(mesh), shapes.router),
         optimizer=optax.ScaleByAdamState(count=scalar, mu=moments, nu=moments),
     )

@@ -88,11 +88,13 @@ def test_layout(sharding):
     def held(tree):
         return {path: np.prod(x.sharding.shard_shape(x.shape)) / x.size for path, x in named(tree).items()}
 
-    moments = sharding != "replicated"
-    for tree, split in ((state.params, sharding == "fsdp"), (state.optimizer.mu, moments)):
+    # By mode, whether the replicas split (experts' parameters, other parameters, moments).
+    split = {"replicated": (False,) * 3, "zero1": (True, False, True), "fsdp": (True,) * 3}[sharding]
+    for tree, of_experts, of_others in ((state.params, *split[:2]), (state.optimizer.mu, split[2], split[2])):
         for path, part in held(tree).items():
             experts = "['moe']['gate_up']" in path or "['moe']['down']" in path
-            assert part == (1 / 8 if split else 1 / 4 if experts else 1), path
+            whole = 1 / 4 if experts else 1
+            assert part == (1 / 8 if (of_experts if experts else of_others) else whole), path
     assert held(state.optimizer.nu) == held(state.optimizer.mu)
     assert set(held(state.router).values()) == {1}
 
