@@ -42,22 +42,24 @@ _SCALAR = plgpu.Layout.WG_SPLAT(())
 def columns(values, scales, table, *, power_of_two, dtype):
     """See `mosaic_gpu.columns`; `table` is `reference.row_blocks`."""
     k, blocks = values.shape[1], table.shape[0]
+    # Tiles that a block of threads fetches at once: FP8 tiles are half as large, too few bytes in flight.
+    tiles = 1 if scales is None else TILE // COLUMNS
     operands = (table, values) if scales is None else (table, values, scales)
     kernel = plgpu.kernel(
-        functools.partial(_kernel, power_of_two=power_of_two, scaled=scales is not None),
+        functools.partial(_kernel, power_of_two=power_of_two, scaled=scales is not None, tiles=tiles),
         out_type=(
             jax.ShapeDtypeStruct((k, blocks * TILE), dtype),
             jax.ShapeDtypeStruct((blocks, k), jnp.float32),
         ),
-        grid=(blocks, k // COLUMNS),
+        grid=(blocks, k // COLUMNS // tiles),
         grid_names=("block", "column"),
         scratch_types=dict(
-            x_smem=plgpu.SMEM((TILE, COLUMNS), values.dtype),
+            x_smem=plgpu.SMEM((tiles, TILE, COLUMNS), values.dtype),
             in_scales_smem=plgpu.SMEM((TILE,), jnp.float32),
-            amax_smem=plgpu.SMEM((WARPS, COLUMNS), jnp.float32),
-            values_smem=plgpu.SMEM((COLUMNS, TILE), dtype, transforms=swizzled(dtype)),
-            scales_smem=plgpu.SMEM((COLUMNS,), jnp.float32),
-            loaded=plgpu.Barrier(num_arrivals=1),
+            amax_smem=plgpu.SMEM((tiles, WARPS, COLUMNS), jnp.float32),
+            values_smem=plgpu.SMEM((tiles, COLUMNS, TILE), dtype, transforms=swizzled(dtype)),
+            scales_smem=plgpu.SMEM((tiles, COLUMNS), jnp.float32),
+            loaded=plgpu.Barrier(num_arrivals=1, num_barriers=tiles),
         ),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         kernel_name="fp8_quantize_columns",
@@ -65,22 +67,26 @@ def columns(values, scales, table, *, power_of_two, dtype):
     return kernel(*operands)
 
 
-def _kernel(*refs, power_of_two, scaled, x_smem, in_scales_smem, amax_smem, values_smem, scales_smem, loaded):
+def _kernel(
+    *refs, power_of_two, scaled, tiles,
+    x_smem, in_scales_smem, amax_smem, values_smem, scales_smem, loaded,
+):  # fmt: skip
     table, x, *in_scales, values, scales = refs
-    block, column = lax.axis_index("block"), lax.axis_index("column")
-    across = pl.ds(column * COLUMNS, COLUMNS)
+    block, first = lax.axis_index("block"), lax.axis_index("column") * tiles
     start, valid = table[block, 0], table[block, 1]
-    plgpu.copy_gmem_to_smem(x.at[pl.ds(start, TILE), across], x_smem, loaded)
+    across = [pl.ds((first + i) * COLUMNS, COLUMNS) for i in range(tiles)]
+    for i in range(tiles):
+        plgpu.copy_gmem_to_smem(x.at[pl.ds(start, TILE), across[i]], x_smem.at[i], loaded.at[i])
     if scaled:
-        _fetch_scales(in_scales[0], in_scales_smem, column * COLUMNS // TILE, start, valid)
-    plgpu.barrier_wait(loaded)
+        _fetch_scales(in_scales[0], in_scales_smem, first * COLUMNS // TILE, start, valid)
     largest = float(jnp.finfo(values.dtype).max)
-    _transpose(
-        x_smem, in_scales_smem, amax_smem, values_smem, scales_smem, valid, largest, power_of_two, scaled
-    )
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(values_smem, values.at[across, pl.ds(block * TILE, TILE)])
-    plgpu.copy_smem_to_gmem(scales_smem, scales.at[block, across])
+    for i in range(tiles):
+        plgpu.barrier_wait(loaded.at[i])
+        mine = (smem.at[i] for smem in (amax_smem, values_smem, scales_smem))
+        _transpose(x_smem.at[i], in_scales_smem, *mine, valid, largest, power_of_two, scaled)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(values_smem.at[i], values.at[across[i], pl.ds(block * TILE, TILE)])
+        plgpu.copy_smem_to_gmem(scales_smem.at[i], scales.at[block, across[i]])
     plgpu.wait_smem_to_gmem(0)
 
 
