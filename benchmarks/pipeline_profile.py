@@ -8,7 +8,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-from dsv3_jax.pipeline import CellTimes, Schedule, place, simulate
+from dsv3_jax.pipeline import CellTimes, Schedule, Timeline, place, simulate
 from dsv3_jax.pipeline.simulator import simulate_in_step
 
 
@@ -127,40 +127,56 @@ def cell_spans(found: list[Event], kinds: dict[str, str], schedule: Schedule) ->
 def bubble(found: list[Event], text: str, schedule: Schedule) -> dict:
     """`beside_the_simulator` of a profiled step; `text` is its compiled program."""
     spans = cell_spans(found, cells_of_instructions(text), schedule)
-    return beside_the_simulator(spans, schedule, senders_wait=False)
+    return beside_the_simulator(spans, schedule, send=send_time(found)) | {"spans_ms": spans}
 
 
-def beside_the_simulator(spans: Spans, schedule: Schedule, senders_wait: bool = True) -> dict:
+def send_time(found: list[Event]) -> float:
+    """Mean milliseconds of a send between two devices: of its kernels on both, the one that waits less."""
+    runs: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for event in found:
+        if "nccl" in event.name.lower() and re.match("ppermute|collective-permute", event.instruction):
+            runs[event.instruction][event.device].append(event.end - event.start)
+    return statistics.mean(min(pair) for on in runs.values() for pair in zip(*on.values(), strict=True))
+
+
+def beside_the_simulator(spans: Spans, schedule: Schedule, send: float | None = None) -> dict:
     """The idle share of a step beside the simulator's, with the times of its cells and of a meeting.
 
     Idle is what lies outside of cells, from the first start to the last end. `in_step` simulates ranks that
-    meet wherever one sends (or, unless `senders_wait`, that wait for what is sent to them), `free` ranks that
-    wait for nothing before they need it; all with the mean time of the cells of a kind on a stage, and with
-    that of a meeting, or of the loop between two cells.
+    meet wherever one sends, which takes the mean time of a meeting; or, given what a send takes, ranks that
+    wait for what is sent to them, and for the loop between two cells. `own` is the same with the time of each
+    cell, where `in_step` has the mean of a kind on a stage. `free`: ranks wait for nothing before they
+    need it.
     """
     table = place(schedule)
     length = max(row[-1][1] for row in spans) - min(row[0][0] for row in spans)
     busy = [sum(end - start for start, end in row) for row in spans]
-    times = defaultdict(list)
+    own, times = {}, defaultdict(list)
     for cells, row in zip(schedule.cells, spans, strict=True):
         for cell, (start, end) in zip(cells, row, strict=True):
-            times[tuple((op.kind, op.stage) for op in cell)].append(end - start)
-    means = {key: statistics.mean(values) for key, values in times.items()}
-    meeting = statistics.mean(_meetings(spans, table)) if senders_wait else 0.0
-    between = 0.0 if senders_wait else statistics.mean(_between(spans, table))
-    measured = CellTimes(means, meeting)
-    together = simulate_in_step(table, measured, senders_wait=senders_wait, between=between)
-    free = simulate(schedule, measured)
+            own[cell] = end - start
+            times["&".join(f"{op.kind}{op.stage}" for op in cell)].append(end - start)
+    means = {kinds: statistics.mean(values) for kinds, values in times.items()}
+    mean = {cell: means["&".join(f"{op.kind}{op.stage}" for op in cell)] for cell in own}
+    meet = send is None
+    meeting = statistics.mean(_meetings(spans, table)) if meet else send
+    between = 0.0 if meet else statistics.mean(_between(spans, table))
+
+    def step(timeline: Timeline) -> dict:
+        return {"step_ms": timeline.makespan, "idle": timeline.bubble_fraction}
+
+    def in_step(cells: dict) -> dict:
+        measured = CellTimes(cells, meeting)
+        return step(simulate_in_step(table, measured, senders_wait=meet, between=between))
+
     return {
         "measured": {"step_ms": length, "idle": 1 - sum(busy) / (length * len(busy))},
-        "in_step": {"step_ms": together.makespan, "idle": together.bubble_fraction},
-        "free": {"step_ms": free.makespan, "idle": free.bubble_fraction},
-        "cell_ms": {"&".join(f"{kind}{stage}" for kind, stage in key): t for key, t in means.items()},
-        "cell_spread": {
-            "&".join(f"{kind}{stage}" for kind, stage in key): max(values) / min(values)
-            for key, values in times.items()
-        },
-        "meeting_ms": meeting,
+        "in_step": in_step(mean),
+        "own": in_step(own),
+        "free": step(simulate(schedule, CellTimes(mean, meeting if meet else 0.0))),
+        "cell_ms": means,
+        "cell_spread": {kinds: max(values) / min(values) for kinds, values in times.items()},
+        "meeting_ms" if meet else "send_ms": meeting,
         "between_ms": between,
     }
 

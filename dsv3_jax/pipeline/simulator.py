@@ -10,7 +10,7 @@ from fractions import Fraction
 from functools import cached_property
 
 from dsv3_jax.pipeline.schedules import Cell, Op, Schedule, ScheduleError
-from dsv3_jax.pipeline.table import Table, done_key, stuck, waits_for
+from dsv3_jax.pipeline.table import Send, Table, done_key, stuck, waits_for
 
 Time = int | float | Fraction
 
@@ -66,12 +66,12 @@ class Durations:
 class CellTimes:
     """Measured times of whole cells, to be simulated in the place of `Durations`."""
 
-    times: Mapping[tuple[tuple[str, int], ...], Time]  # By the (kind, stage) of the cell's operations.
+    times: Mapping[Cell, Time]
     send: Time = 0
 
     def of(self, cell: Cell, sizes: Sequence[Time] | None = None) -> Time:
         """Of a cell; the times are of real stages, so `sizes` is not needed."""
-        return self.times[tuple((op.kind, op.stage) for op in cell)]
+        return self.times[cell]
 
 
 @dataclass(frozen=True)
@@ -151,16 +151,17 @@ def simulate_in_step(
 ) -> Timeline:
     """A schedule where ranks wait for each other at the end of each tick in which something is sent.
 
-    All for all, as on fake CPU devices, whose collectives are a meeting of everybody. With `senders_wait`
-    False only those that receive, for those that send to them in that tick: so it is on GPUs, where a send
-    that fits into the buffers of the link is over when it has left. Where cells of one tick differ in length,
-    as F and B of 1F1B do, both may take longer than `simulate` says, where a rank waits for nothing before it
-    needs it. A meeting takes `durations.send`; `between` is what the loop itself takes after each tick.
+    All for all, as on fake CPU devices, whose collectives are a meeting of everybody that takes
+    `durations.send`. With `senders_wait` False only those that receive, for those that send to them in that
+    tick: so it is on GPUs, where a send that fits into the buffers of the link is over when it has left. It
+    then takes `durations.send` of both GPUs, and what goes another way follows it. Where cells of one tick
+    differ in length, as F and B of 1F1B do, both may take longer than `simulate` says, where a rank waits for
+    nothing before it needs it. `between` is what the loop itself takes after each tick.
     """
     schedule = table.schedule
-    sends: dict[int, list[tuple[int, int]]] = {}
+    sends: dict[int, list[Send]] = {}
     for send in table.sends:
-        sends.setdefault(send.tick, []).append((send.source, send.target))
+        sends.setdefault(send.tick, []).append(send)
     now: list[Time] = [0] * schedule.n_ranks
     spans: list[list[tuple[Time, Time]]] = [[] for _ in now]
     for tick, row in enumerate(table.ticks):
@@ -168,14 +169,26 @@ def simulate_in_step(
             if cell:
                 spans[rank].append((now[rank], now[rank] + durations.of(cell, sizes)))
                 now[rank] = spans[rank][-1][1]
-        ends = list(now)
         if tick in sends and senders_wait:
-            now = [max(ends) + durations.send] * schedule.n_ranks
+            now = [max(now) + durations.send] * schedule.n_ranks
         elif tick in sends:
-            for source, target in sends[tick]:
-                now[target] = max(now[target], ends[source] + durations.send)
+            now = _received(now, sends[tick], durations.send)
         now = [time + between for time in now]
     return Timeline(schedule, tuple(map(tuple, spans)))
+
+
+def _received(now: list[Time], sends: Sequence[Send], time: Time) -> list[Time]:
+    """When each rank goes on after the sends of a tick, one way after the other as the runner does them."""
+    ways: dict[tuple[str, int], list[Send]] = {}
+    for send in sends:
+        ways.setdefault((send.value.kind, (send.target - send.source) % len(now)), []).append(send)
+    for _, together in sorted(ways.items()):
+        before, now = now, list(now)
+        for send in together:
+            now[send.target] = max(before[send.target], before[send.source])
+        for rank in {rank for send in together for rank in (send.source, send.target)}:
+            now[rank] += time
+    return now
 
 
 def _ready(cell: Sequence[Op], rank: int, n_stages: int, done: dict, send: Time) -> Time | None:

@@ -1,5 +1,6 @@
 """The simulator beside the published formulas, exactly, and beside its own definition."""
 
+import dataclasses
 from fractions import Fraction
 
 import pytest
@@ -186,6 +187,19 @@ def test_ranks_that_wait_for_what_is_sent_to_them_alone():
     assert alone.spans == (((0, 1), (1, 2), (5, 8), (9, 12)), ((1, 2), (2, 5), (5, 6), (6, 9)))
     # The loop takes 1 after every tick: after F0 on rank 0 and after the four cells on rank 1.
     assert simulate_in_step(table, d, senders_wait=False, between=1).makespan == 12 + 5
+    # A send takes 1/2 of both ranks: F0 and F1 come at 1.5 and 3, B0 leaves rank 1 at 6.5 and B1 at 11.
+    spans = simulate_in_step(table, dataclasses.replace(d, send=0.5), senders_wait=False).spans
+    assert spans[0] == ((0, 1), (1.5, 2.5), (6.5, 9.5), (11, 14))
+    assert spans[1] == ((1.5, 2.5), (3, 6), (6.5, 7.5), (7.5, 10.5))
+    # DualPipe's two ranks do alike in every tick: each way adds its time, and the two of a tick add twice.
+    table = place(build("dualpipe", 2, 8))
+    ways = {(send.tick, send.value.kind) for send in table.sends}
+    assert len(ways) == 8 and len({tick for tick, _ in ways}) == 6
+    steps = [
+        simulate_in_step(table, dataclasses.replace(d, send=send), senders_wait=False).makespan
+        for send in (0, 1)
+    ]
+    assert steps[1] - steps[0] == 8
     # ZB1P, whose cells of a tick differ: a sender that goes on is between all that meet and none that wait.
     schedule, d = build("zb1p", 2, 8), Durations(1, 5, 3)
     table = place(schedule)
