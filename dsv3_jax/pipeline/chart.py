@@ -7,7 +7,7 @@ direction) is lower case in text and paler in the picture. F&B has a thick borde
 import math
 from pathlib import Path
 
-from dsv3_jax.pipeline.schedules import Cell, Op, Schedule
+from dsv3_jax.pipeline.cells import Cell, Op, Schedule
 from dsv3_jax.pipeline.simulator import Timeline
 
 # Of the first chunk and of the others, as DeepSeek-V3 figure 5 colours them.

@@ -5,7 +5,7 @@ They share no bookkeeping with `table`: a table is walked tick by tick, with eve
 
 from collections import Counter
 
-from dsv3_jax.pipeline.schedules import Op, Schedule, ScheduleError
+from dsv3_jax.pipeline.cells import Op, Schedule, ScheduleError
 from dsv3_jax.pipeline.table import Table, Value
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from dsv3_jax.pipeline.schedules import Op
+from dsv3_jax.pipeline.cells import Op
 from dsv3_jax.pipeline.table import Table, made_by, read_by
 
 Channel = tuple[str, int]  # What travels, and how many ranks onward; 0 is to a rank's own next chunk.

@@ -1,75 +1,19 @@
 """Pipeline schedules as data: which rank computes what, in which order.
 
-A model is cut into stages. A schedule gives every rank a list of cells, worked off in order; a cell is one
-operation of one micro-batch on one stage, or two of different micro-batches that overlap:
-
-    F  forward
-    B  the whole backward: for the input and for the weights
-    I  backward for the input alone, which the stage before waits for
-    W  backward for the weights, which nobody waits for
-    F&B  a forward and a backward whose communication hides behind each other's computation
-
 Nothing here knows about time, memory or JAX: `table` puts cells on ticks and values into buffers,
 `simulator` gives them durations, `checks` proves them, `chart` draws them.
 
 Sources: GPipe (arXiv 1811.06965), 1F1B (PipeDream-Flush, arXiv 2006.09503), interleaved 1F1B (Megatron-LM,
-arXiv 2104.04473), ZB1P (ZB-H1 of arXiv 2401.10241), DualPipe (DeepSeek-V3 §3.2.1, arXiv 2412.19437),
-DualPipeV (its halves folded into a V, so that no parameter is held twice).
+arXiv 2104.04473), ZB1P (ZB-H1 of arXiv 2401.10241); DualPipe and DualPipeV are in `dualpipe`.
 """
 
 import difflib
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
+
+from dsv3_jax.pipeline.cells import Cell, Op, Schedule, ScheduleError
+from dsv3_jax.pipeline.dualpipe import dualpipe, dualpipev
 
 NAMES = ("gpipe", "1f1b", "interleaved", "zb1p", "dualpipe", "dualpipev")
-
-
-class Op(NamedTuple):
-    """One operation."""
-
-    kind: str  # "F", "B", "I" or "W".
-    stage: int  # Of the model, 0 is first.
-    microbatch: int
-
-
-Cell = tuple[Op, ...]
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """What every rank computes, in order."""
-
-    name: str
-    n_microbatches: int
-    paths: tuple[tuple[int, ...], ...]  # [direction][stage]: the rank; equal shares of the micro-batches.
-    cells: tuple[tuple[Cell, ...], ...]  # [rank]
-
-    @property
-    def n_ranks(self) -> int:
-        return len(self.cells)
-
-    @property
-    def n_stages(self) -> int:
-        return len(self.paths[0])
-
-    def direction(self, microbatch: int) -> int:
-        """Which path a micro-batch takes; the first share takes path 0, the next path 1."""
-        return microbatch * len(self.paths) // self.n_microbatches
-
-    def rank_of(self, stage: int, microbatch: int) -> int:
-        """The rank that computes a stage for a micro-batch."""
-        return self.paths[self.direction(microbatch)][stage]
-
-    def stages_of(self, rank: int) -> tuple[int, ...]:
-        """The stages whose parameters a rank holds; the position in it is called a chunk."""
-        held = (stage for path in self.paths for stage, owner in enumerate(path) if owner == rank)
-        return tuple(dict.fromkeys(held))
-
-
-class ScheduleError(ValueError):
-    """A schedule that cannot be: the reason, and the nearest that can."""
 
 
 def build(name: str, n_ranks: int, n_microbatches: int, *, chunks: int = 2) -> Schedule:
@@ -89,8 +33,8 @@ def build(name: str, n_ranks: int, n_microbatches: int, *, chunks: int = 2) -> S
         "gpipe": _gpipe,
         "1f1b": _one_f_one_b,
         "zb1p": _zb1p,
-        "dualpipe": _dualpipe,
-        "dualpipev": _dualpipev,
+        "dualpipe": dualpipe,
+        "dualpipev": dualpipev,
     }
     if name == "interleaved":
         return _interleaved(n_ranks, n_microbatches, chunks)
@@ -229,106 +173,3 @@ def _zb1p(n_ranks: int, n_microbatches: int) -> Schedule:
             order.extend(cell for _, cell in zip(range(1), forward, strict=False))
         cells.append((*order, *weights))
     return Schedule("zb1p", n_microbatches, _straight(n_ranks), tuple(cells))
-
-
-def _dualpipe(n_ranks: int, n_microbatches: int) -> Schedule:
-    """DualPipe: half of the micro-batches enter at rank 0, half at the last; every rank holds two stages."""
-    half = n_microbatches // 2
-    cells = []
-    for rank in range(n_ranks):
-        mirrored = n_ranks - 1 - rank
-        down = _Stream(stage=rank, first=0)
-        up = _Stream(stage=mirrored, first=half)
-        near, far = (down, up) if rank < mirrored else (up, down)
-        cells.append(tuple(_dualpipe_rank(min(rank, mirrored), n_ranks // 2, half, near, far)))
-    down_path = tuple(range(n_ranks))
-    return Schedule("dualpipe", n_microbatches, (down_path, down_path[::-1]), tuple(cells))
-
-
-def _dualpipev(n_ranks: int, n_microbatches: int) -> Schedule:
-    """DualPipeV: 2 n_ranks stages run down the ranks and up again; rank r holds the r-th of each leg."""
-    down_path = tuple(range(n_ranks))
-    path = down_path + down_path[::-1]
-    cells = tuple(
-        tuple(
-            _dualpipe_rank(
-                rank, n_ranks, n_microbatches, _Stream(rank, 0), _Stream(2 * n_ranks - 1 - rank, 0)
-            )
-        )
-        for rank in range(n_ranks)
-    )
-    return Schedule("dualpipev", n_microbatches, (path,), cells)
-
-
-class _Stream:
-    """The operations of one rank on one stage, each micro-batch in turn."""
-
-    def __init__(self, stage: int, first: int):
-        self._stage = stage
-        self._next = dict.fromkeys("FB", first)
-
-    def forward(self) -> Op:
-        return self._take("F", "F")
-
-    def backward(self) -> Op:
-        return self._take("B", "B")
-
-    def split(self, weights: deque[Op]) -> Op:
-        """Backward for the input; that for the weights is left in `weights`."""
-        op = self._take("I", "B")
-        weights.append(op._replace(kind="W"))
-        return op
-
-    def _take(self, kind: str, counter: str) -> Op:
-        self._next[counter] += 1
-        return Op(kind, self._stage, self._next[counter] - 1)
-
-
-def _dualpipe_rank(position: int, half: int, count: int, near: _Stream, far: _Stream) -> Iterator[Cell]:
-    """The cells of one rank in the eight phases of DualPipe.
-
-    Args:
-      position: ranks between this one and its end of the pipeline, below `half`.
-      half: ranks from an end to the middle.
-      count: micro-batches of each stream.
-      near: micro-batches that entered at this rank's end.
-      far: those that entered at the other end (DualPipeV: that come back from the turn).
-    """
-    inner = half - position - 1  # Ranks between this one and the middle.
-    weights: deque[Op] = deque()
-    # 1. Fill: forward of the near stream, until the far one arrives.
-    for _ in range(2 * inner):
-        yield (near.forward(),)
-    # 2. Forward of both streams in turn.
-    for _ in range(position + 1):
-        yield (near.forward(),)
-        yield (far.forward(),)
-    # 3. The far stream's first backward passes; W fills the wait.
-    for _ in range(inner):
-        yield (far.split(weights),)
-        yield (weights.popleft(),)
-        yield (far.forward(),)
-    # 4. The main phase: forward of one stream over backward of the other. The innermost rank starts with two
-    #    single cells: its neighbour waits for the forward.
-    for number in range(count - 2 * half + position + 1):
-        if number == 0 and inner == 0:
-            yield (near.forward(),)
-            yield (far.backward(),)
-        else:
-            yield (near.forward(), far.backward())
-        yield (far.forward(), near.backward())
-    # 5. The near stream has nothing left to forward.
-    for _ in range(inner):
-        yield (far.backward(),)
-        yield (far.forward(), near.backward())
-    # 6. Backward of both streams in turn; the second half leaves W for the bubbles to come.
-    for number in range(2 * (position + 1)):
-        stream = near if number % 2 else far
-        yield (stream.split(weights) if number > position else stream.backward(),)
-    # 7. The near stream's last backward passes; W fills the wait.
-    for _ in range(inner):
-        yield (weights.popleft(),)
-        yield (near.split(weights),)
-    # 8. What is left of W.
-    while weights:
-        yield (weights.popleft(),)

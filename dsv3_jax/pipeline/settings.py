@@ -4,7 +4,8 @@ from typing import Any
 
 from dsv3_jax.config import Config
 from dsv3_jax.mesh_checks import mesh_shape
-from dsv3_jax.pipeline.schedules import NAMES, ScheduleError, n_stages, refuse, stage_sizes
+from dsv3_jax.pipeline.cells import ScheduleError
+from dsv3_jax.pipeline.schedules import NAMES, n_stages, refuse, stage_sizes
 
 Problem = tuple[str, Any, str]  # Field, value, fix: see `config_checks.Problem`.
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 
-from dsv3_jax.pipeline.schedules import Cell, Op, Schedule, ScheduleError
+from dsv3_jax.pipeline.cells import Cell, Op, Schedule, ScheduleError
 from dsv3_jax.pipeline.table import Send, Table, done_key, stuck, waits_for
 
 Time = int | float | Fraction

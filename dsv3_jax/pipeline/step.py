@@ -14,7 +14,8 @@ from dsv3_jax.config import Config
 from dsv3_jax.model.transformer import Outputs, Transformer
 from dsv3_jax.parallel.mesh import LOGICAL_AXES, use_mesh
 from dsv3_jax.pipeline import layout, runner
-from dsv3_jax.pipeline.schedules import Schedule, build
+from dsv3_jax.pipeline.cells import Schedule
+from dsv3_jax.pipeline.schedules import build
 from dsv3_jax.pipeline.table import place
 from dsv3_jax.pipeline.transformer import STACKS, HasLoss, layers_by_stage, parts
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from dsv3_jax.pipeline.schedules import Cell, Op, Schedule, ScheduleError
+from dsv3_jax.pipeline.cells import Cell, Op, Schedule, ScheduleError
 
 
 class Value(NamedTuple):
