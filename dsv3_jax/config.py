@@ -195,7 +195,7 @@ class MeshConfig:
     pipe: int = 1  # Pipeline stages.
     data: int = -1
     expert: int = 1  # Each holds its part of the experts; the batch is split over data x expert.
-    # Over `data`: "replicated", "zero1" (optimizer state is split) or "fsdp" (parameters too).
+    # Over `data`: "replicated", "zero1" (optimizer state split, and experts) or "fsdp" (all parameters too).
     sharding: str = "replicated"
     # How tokens reach experts on other devices: "dense", "ragged" or "gather" (`parallel.transport`).
     transport: str = "auto"
