@@ -39,7 +39,6 @@ class Case(NamedTuple):
 
 
 CASES = (
-    Case("tiny", "configs/tiny.py", "v5p:1x1x1"),
     Case(
         "tiny_dense",
         "configs/tiny.py",
@@ -78,6 +77,14 @@ CASES = (
     ),
     Case("small_gpu", "configs/small_gpu.py", "v5p:2x2x1", ("mesh.data=4", "mesh.sharding=fsdp")),
     Case("llm_7b", "configs/llm_7b.py", "v6e:4x4", ("train.batch_size=32", "train.micro_batch_size=16")),
+    Case(
+        "v2_lite",
+        "configs/v2_lite.py",
+        "v5p:2x2x4",
+        ("train.batch_size=64", "train.micro_batch_size=32"),
+    ),
+    Case("moe_16b", "configs/moe_16b.py", "v6e:4x8", ("train.batch_size=64", "train.micro_batch_size=32")),
+    Case("llm_67b", "configs/llm_67b.py", "v5p:4x4x4", ("train.batch_size=128", "train.micro_batch_size=64")),
     Case("v3_671b", "configs/v3_671b.py", "v5p:8x8x16"),
 )
 

@@ -2,11 +2,12 @@
 
     state        parameters and moments, as the program lays them out
     gradients    float32 as the parameters; twice that when micro-batches are summed
-    activations  what the forward pass keeps for the backward pass (traced: `shapes.kept_for_backward`)
+    activations  what the forward pass keeps for the backward pass (traced: `residuals.kept_for_backward`)
     temporaries  the largest working set of a layer's backward pass, or of the loss, and the weights that are
                  gathered for it
 
-The working sets are counted by hand below, from what the backward pass of a layer has at once.
+The working sets are counted by hand below, from what the backward pass of a layer has at once. On TPUs an
+array's last dimension takes whole tiles of 128.
 """
 
 import dataclasses
@@ -19,7 +20,8 @@ from dsv3_jax.parallel.exchange import capacity
 from dsv3_jax.parallel.transport import Wire, choose
 from dsv3_jax.planning import flops
 from dsv3_jax.planning.hardware import Topology
-from dsv3_jax.planning.shapes import Split, kept_for_backward, parts
+from dsv3_jax.planning.residuals import kept_for_backward, wide
+from dsv3_jax.planning.shapes import Split, parts
 
 
 class Memory(NamedTuple):
@@ -100,14 +102,24 @@ def of_step(config: Config, split: Split, platform: str, probe: bool = False) ->
     optimizer = 2.0 * moment * sum(part.moments for part in held.values())
     copies = 1 if micro == train.batch_size else 2
     sequences = micro / (split.data * split.expert)
-    activations = sequences * kept_for_backward(
-        config, min(split.expert, 2) if probe else split.expert, platform
-    )
-    layer = max(_attention(config, split), _dense(config, split), _experts(config, split, platform))
+    activations = _kept(config, split, platform, sequences, min(split.expert, 2) if probe else split.expert)
+    attention, dense = _attention(config, split, platform), _dense(config, split, platform)
     gradients = copies * parameters
-    backward = layer + _whole_tables(config, split)
+    backward = max(attention, dense, _experts(config, split, platform)) + _whole_tables(config, split)
     loss = _loss(config, split) - gradients / copies  # The layers' gradients are not there yet.
     return Memory(parameters, optimizer, gradients, activations, max(backward, loss))
+
+
+def _kept(config: Config, split: Split, platform: str, sequences: float, expert: int) -> float:
+    """Activations of the sequences here; copies of weights: experts whole, the rest as that is split."""
+    kept, held = kept_for_backward(config, expert, platform), parts(config, split)
+    experts = kept.experts / split.expert
+    if split.sharding == "zero1" and split.data > 1:  # Gathered once a micro-batch, whatever the policy.
+        width = 4 if config.train.precision == "fp8" else _bytes(config)
+        experts = max(experts, width * held["experts"].whole)
+    rest = [part for name, part in held.items() if name != "experts"]
+    share = sum(part.held for part in rest) / sum(part.whole for part in rest)
+    return sequences * kept.sequence + experts + share * kept.weights
 
 
 def _bytes(config: Config) -> int:
@@ -119,23 +131,24 @@ def _weights(config: Config, elements: float) -> float:
     return 2 * elements * _bytes(config)
 
 
-def _attention(config: Config, split: Split) -> float:
+def _attention(config: Config, split: Split, platform: str) -> float:
     """Queries, keys, values and output, and the gradient of each; the hidden state in float32."""
     a, model = config.model.attention, config.model
     qk, v = flops.widths(a)
-    elements = a.n_heads * (4 * qk + 4 * v)
+    elements = a.n_heads * (4 * wide(qk, platform) + 4 * wide(v, platform))
     weights = flops.forward(model, 1)
     a_layer = (weights.up_projections + 2.0 * a.n_heads * v * model.d_model) / 2 / sum(flops.layers(model))
     tokens = tokens_of(config, split)
     return tokens * (elements * _bytes(config) + 8 * model.d_model) + _weights(config, a_layer)
 
 
-def _dense(config: Config, split: Split) -> float:
+def _dense(config: Config, split: Split, platform: str) -> float:
     model, tokens = config.model, tokens_of(config, split)
     if flops.layers(model)[0] == 0:
         return 0.0
-    wide = tokens * 5 * model.d_ff * _bytes(config) + tokens * 8 * model.d_model
-    return wide + _weights(config, 3 * model.d_model * model.d_ff)
+    elements = 5 * wide(model.d_ff, platform)
+    weights = _weights(config, 3 * model.d_model * model.d_ff)
+    return tokens * (elements * _bytes(config) + 8 * model.d_model) + weights
 
 
 def _experts(config: Config, split: Split, platform: str) -> float:
@@ -144,13 +157,16 @@ def _experts(config: Config, split: Split, platform: str) -> float:
     found = expert_rows(config, split, platform)
     if not found.rows:
         return 0.0
-    wide = found.rows * (2 * model.d_model + 5 * moe.d_ff_expert)
+    elements = found.rows * (2 * model.d_model + 5 * wide(moe.d_ff_expert, platform))
     if split.expert > 1:  # The buffers of what leaves and what arrives.
-        wide += 2 * found.slots * model.d_model
+        elements += 2 * found.slots * model.d_model
     weights = 3 * model.d_model * moe.d_ff_expert * moe.n_experts / split.expert
-    # Inside `shard_map` gradients are summed over the replicas as the parameters are, in float32.
-    summed = 4 * weights if split.data > 1 else 0
-    return wide * _bytes(config) + _weights(config, weights) + summed
+    if split.data == 1:
+        return elements * _bytes(config) + _weights(config, weights)
+    if split.sharding == "replicated":  # `shard_map` sums gradients as parameters are, in float32.
+        return elements * _bytes(config) + _weights(config, weights) + 4 * weights
+    # A matrix at a time is gathered, and its gradient scattered, in float32; gate and up are the larger one.
+    return elements * _bytes(config) + 2 / 3 * weights * (_bytes(config) + 4)
 
 
 def _whole_tables(config: Config, split: Split) -> float:

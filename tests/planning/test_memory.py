@@ -14,7 +14,8 @@ from dsv3_jax.config import MTPConfig
 from dsv3_jax.config_checks import override, typed
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.planning import memory, parse_topology
-from dsv3_jax.planning.shapes import Split, kept_for_backward, parts, split_of
+from dsv3_jax.planning.residuals import kept_for_backward, padded
+from dsv3_jax.planning.shapes import Split, parameter_shapes, parts, split_of
 from dsv3_jax.training.state import abstract_state
 
 ROOT = Path(__file__).parents[2]
@@ -57,12 +58,46 @@ def test_kept_by_the_v3_policy():
     layers = model.n_layers * block + 2 * model.d_ff + (model.n_layers - 1) * (shared + routed)
     ends = 2 * model.d_model  # The final norm's input; the loss's gradient.
     # What is not counted: positions' rotations, indices, masks, of a few numbers a token.
-    assert kept_for_backward(config, 1, "cpu") == pytest.approx(4 * seq * (layers + ends), rel=0.05)
+    kept = kept_for_backward(config, 1, "cpu")
+    assert kept.sequence == pytest.approx(4 * seq * (layers + ends), rel=0.05)
+    assert kept.experts == kept.weights == 0
 
 
 def test_policies_keep_less_and_less():
-    kept = [kept_for_backward(run(remat), 1, "cpu") for remat in ("none", "v3", "full")]
+    kept = [kept_for_backward(run(remat), 1, "cpu").sequence for remat in ("none", "v3", "full")]
     assert kept[0] > 1.5 * kept[1] > 1.5 * kept[2] > 0
+
+
+def test_copies_of_weights_do_not_grow_with_the_batch():
+    """In bf16 without a remat policy each product keeps its weights, cast: once, however many tokens.
+
+    Those of the experts are no residuals here: XLA's grouped product casts them inside.
+    """
+    config = run("none", precision="bf16")
+    kept = kept_for_backward(config, 1, "cpu")
+    leaves = jax.tree_util.tree_leaves_with_path(parameter_shapes(config))
+    # Embedding and head are cast outside, the router is float32, and norms have no product.
+    uncast = {"embedding", "head", "centroids", "scale"}
+    sizes = {path: math.prod(leaf.shape) for path, leaf in leaves if path[-1].key not in uncast}
+    other = sum(n for path, n in sizes.items() if path[-2].key != "moe")
+    assert kept.weights == 2 * other
+    memories = [
+        memory.of_step(
+            dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=size)),
+            Split(1, 1, "replicated"),
+            "cpu",
+        ).activations
+        for size in (1, 2)
+    ]
+    assert memories[1] - memories[0] == kept.sequence
+    assert memories[0] - kept.sequence == kept.experts + kept.weights
+
+
+def test_tiles_of_a_tpu():
+    """As XLA's layouts of `bf16[3,8,4,1024,48]` and `s32[8192,2]` say, {..:T(8,128)}: 24 and 4 MiB."""
+    assert 2 * padded((3, 8, 4, 1024, 48), "tpu") == 24 * 2**20
+    assert 4 * padded((8192, 2), "tpu") == 4 * 2**20
+    assert padded((3, 5), "gpu") == 15
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
@@ -82,9 +117,8 @@ def test_peak_measured_on_an_h200():
     assert found.total / GIB == pytest.approx(measured["peak_memory_gib"], rel=0.1)
 
 
-# Planned worse than that, and said so in docs/planning.md: arrays as narrow as tiny's, which TPUs pad, and a
-# model whose activations are all kept.
-WORSE = {"tiny_experts", "proxy_300m"}
+# Planned worse than that, and said so in docs/planning.md.
+WORSE = {"tiny_experts"}
 
 
 @pytest.mark.parametrize(
