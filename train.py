@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 def parse(argv) -> tuple["Config", Path]:
     """(Config, workdir), from the command line; prints every problem and exits with 2 if there is one."""
-    from dsv3_jax.config_checks import ConfigError, Problem, override, typed
+    from dsv3_jax.config_checks import typed
+    from dsv3_jax.config_reading import ConfigError, Problem, override
     from dsv3_jax.parallel.distributed import StartError
     from dsv3_jax.parallel.launchers import FLAGS, find_place
 
@@ -58,7 +59,8 @@ def surroundings(config, workdir, place):
     import jax
 
     from dsv3_jax import compilation_cache, data
-    from dsv3_jax.config_checks import Problem, check_machine
+    from dsv3_jax.config_checks import check_machine
+    from dsv3_jax.config_reading import Problem
     from dsv3_jax.parallel import distributed
 
     distributed.start(place)
@@ -93,7 +95,7 @@ def _joined(argv):
 
 def load_config_file(path):
     """The ConfigDict of a configuration file."""
-    from dsv3_jax.config_checks import ConfigError, Problem
+    from dsv3_jax.config_reading import ConfigError, Problem
 
     if not Path(path).is_file():
         names = ", ".join(sorted(str(found) for found in Path("configs").glob("*.py")))
@@ -300,7 +302,7 @@ def main(argv=None):
     logger.handlers, logger.propagate = [logging.StreamHandler()], False
     config, workdir = parse(sys.argv[1:] if argv is None else argv)
     from dsv3_jax.checkpoint import CheckpointError
-    from dsv3_jax.config_checks import ConfigError, Problem
+    from dsv3_jax.config_reading import ConfigError, Problem
     from dsv3_jax.data import DataError
     from dsv3_jax.parallel import distributed
 

@@ -14,7 +14,8 @@ import jax
 import numpy as np
 
 from configs.tiny import get_config
-from dsv3_jax.config_checks import override, typed
+from dsv3_jax.config_checks import typed
+from dsv3_jax.config_reading import override
 from dsv3_jax.data import Loader
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.training import loop, schedules

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from dsv3_jax.config import Config, MeshConfig
 
-Problem = tuple[str, Any, str]  # Field, value, fix: see `config_checks.Problem`.
+Problem = tuple[str, Any, str]  # Field, value, fix: see `config_reading.Problem`.
 PROPOSALS = 3
 
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 import train
 from dsv3_jax.config import Config, config_dict
-from dsv3_jax.config_checks import ConfigError, check_mesh, override, typed
+from dsv3_jax.config_checks import check_mesh, typed
+from dsv3_jax.config_reading import ConfigError, override
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.training.state import abstract_state, init_state
 from dsv3_jax.training.step import Schedules, batch_sharding, make_train_step

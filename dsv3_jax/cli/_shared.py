@@ -25,7 +25,7 @@ def load_config(path: Path) -> Any:
     Raises:
       ConfigError: there is no such file.
     """
-    from dsv3_jax.config_checks import ConfigError, Problem
+    from dsv3_jax.config_reading import ConfigError, Problem
 
     spec = importlib.util.spec_from_file_location("run_config", path)
     if not path.is_file() or spec is None or spec.loader is None:

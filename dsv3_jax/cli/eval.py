@@ -31,7 +31,7 @@ def add_parser(subparsers) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Prints a JSON object a file. Returns the exit code."""
     from dsv3_jax import evaluation
-    from dsv3_jax.config_checks import ConfigError
+    from dsv3_jax.config_reading import ConfigError
     from dsv3_jax.convert.errors import ConversionError
     from dsv3_jax.data import DataError
     from dsv3_jax.generation import RequestError

@@ -95,7 +95,7 @@ def add_parser(subparsers) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Streams the text to stdout; speed and acceptance go to stderr. Returns the exit code."""
-    from dsv3_jax.config_checks import ConfigError
+    from dsv3_jax.config_reading import ConfigError
     from dsv3_jax.convert.errors import ConversionError
     from dsv3_jax.data import DataError
     from dsv3_jax.generation import Generator, RequestError, SamplingParams

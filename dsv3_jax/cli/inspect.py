@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     from dsv3_jax.cli import _shared
 
     _shared.on_cpu()
-    from dsv3_jax.config_checks import ConfigError
+    from dsv3_jax.config_reading import ConfigError
     from dsv3_jax.convert import opened
     from dsv3_jax.convert.errors import ConversionError
 

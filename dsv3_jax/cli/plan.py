@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
         code = _run_pipeline(args)
         return code if code or args.config is None else _run_pipeline_memory(args)
     _shared.on_cpu()
-    from dsv3_jax.config_checks import ConfigError
+    from dsv3_jax.config_reading import ConfigError
     from dsv3_jax.planning import PlanError, parse_topology, report
 
     try:
@@ -107,7 +107,8 @@ def _config(args: argparse.Namespace, n_devices: int):
     """The typed config, checked; its mesh too, unless a search replaces it."""
     from dsv3_jax import mesh_checks
     from dsv3_jax.cli import _shared
-    from dsv3_jax.config_checks import Problem, override, typed
+    from dsv3_jax.config_checks import typed
+    from dsv3_jax.config_reading import Problem, override
     from dsv3_jax.planning import PlanError
 
     if args.config is None:
@@ -153,7 +154,8 @@ def _run_pipeline_memory(args: argparse.Namespace) -> int:
     from dsv3_jax.cli import _shared
 
     _shared.on_cpu()
-    from dsv3_jax.config_checks import ConfigError, override, typed
+    from dsv3_jax.config_checks import typed
+    from dsv3_jax.config_reading import ConfigError, override
     from dsv3_jax.pipeline import ScheduleError
     from dsv3_jax.planning import stages
 

@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 2
     import jax
 
-    from dsv3_jax.config_checks import ConfigError
+    from dsv3_jax.config_reading import ConfigError
     from dsv3_jax.convert.errors import ConversionError
     from dsv3_jax.data import DataError
     from dsv3_jax.generation import RequestError

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.config_checks import ConfigError, typed
+from dsv3_jax.config_checks import typed
+from dsv3_jax.config_reading import ConfigError
 from dsv3_jax.convert import mapping
 from dsv3_jax.convert.errors import ConversionError
 from dsv3_jax.convert.mapping import Leaf

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_jax.config import Config, ModelConfig
-from dsv3_jax.config_checks import ConfigError, typed
+from dsv3_jax.config_checks import typed
+from dsv3_jax.config_reading import ConfigError
 from dsv3_jax.convert import native
 from dsv3_jax.convert.errors import ConversionError
 from dsv3_jax.convert.hf_files import extras

@@ -19,9 +19,9 @@ import numpy as np
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.data.tokenizers import Tokenizer
 from dsv3_jax.generation.decode import Emitted
-from dsv3_jax.generation.generator import check_drafts, check_prompt
 from dsv3_jax.generation.kernel_check import check_kernels
 from dsv3_jax.generation.prefill import SMALLEST_CHUNK
+from dsv3_jax.generation.request_checks import check_drafts, check_prompt
 from dsv3_jax.generation.requests import Counters, Limits, Pages, QueueFull, Request
 from dsv3_jax.generation.sampling import RequestError, SamplingParams
 from dsv3_jax.generation.slots import Joining, Slots

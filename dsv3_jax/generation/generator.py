@@ -19,6 +19,7 @@ from dsv3_jax.generation.cache import DTYPES, LatentCache, init_cache
 from dsv3_jax.generation.decode import DecodeState, Emitted
 from dsv3_jax.generation.kernel_check import check_kernels
 from dsv3_jax.generation.prefill import prefill
+from dsv3_jax.generation.request_checks import check_drafts, check_finite, check_prompt, needs_filters
 from dsv3_jax.generation.results import Completion, Statistics
 from dsv3_jax.generation.sampling import RequestError, SamplingParams, make_sampler
 from dsv3_jax.generation.speculation import window
@@ -31,30 +32,6 @@ CAPACITY_STEP = 256  # Capacities are multiples of it, so that few programs are 
 # The products of a small model are too small for XLA to share among the cores of a CPU: there a batch is
 # completed in parts of at least so many texts, a core each. All parts read the weights, of so many bytes.
 PART, SMALL = 4, 128 << 20  # At 229 MiB parts were no faster, nor slower.
-
-
-def check_prompt(prompt: Sequence[int] | np.ndarray, config: ModelConfig) -> np.ndarray:
-    """The prompt as int32, or a RequestError that names the limit."""
-    tokens = np.asarray(prompt, np.int64).reshape(-1)
-    if not len(tokens):
-        raise RequestError("the prompt is empty: give at least one token")
-    if len(tokens) >= config.max_seq_len:
-        raise RequestError(
-            f"the prompt has {len(tokens)} tokens, and model.max_seq_len is {config.max_seq_len}: "
-            f"give at most {config.max_seq_len - 1}"
-        )
-    if tokens.min() < 0 or tokens.max() >= config.vocab_size:
-        raise RequestError(
-            f"the prompt has token {int(tokens.max() if tokens.min() >= 0 else tokens.min())}, and "
-            f"model.vocab_size is {config.vocab_size}: is this the tokenizer of the model?"
-        )
-    return tokens.astype(np.int32)
-
-
-def check_drafts(config: ModelConfig, drafts: int) -> None:
-    """Raises RequestError unless the model has so many depths to draft with."""
-    if not 0 <= drafts <= config.mtp.depth:
-        raise RequestError(f"speculation with {drafts} drafts, but model.mtp.depth is {config.mtp.depth}")
 
 
 @functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("state",))
@@ -71,13 +48,6 @@ def decode_step(weights, state, config):
 @functools.partial(jax.jit, static_argnames=("config", "room"), donate_argnames=("state",))
 def _run(weights, state, config, room):
     return decode.run(weights, state, config, room)
-
-
-def needs_filters(params: SamplingParams) -> bool:
-    """Whether a request uses more than the temperature."""
-    plain = SamplingParams()
-    fields = ("top_k", "top_p", "min_p", "repetition_penalty")
-    return any(getattr(params, name) != getattr(plain, name) for name in fields)
 
 
 class Generator:
@@ -165,7 +135,7 @@ class Generator:
         emitted, texts, seconds = (list(each) for each in zip(*(job.result() for job in jobs), strict=True))
         emitted, texts = _joined(emitted), _joined(texts)
         self._count(texts.n_tokens.sum(), texts.steps.sum(), texts.accepted.sum(0), max(seconds))
-        _need_finite(emitted.finite & texts.finite)
+        check_finite(emitted.finite & texts.finite)
         out = []
         for row, request in enumerate(requests):
             n = texts.n_tokens[row]
@@ -218,7 +188,7 @@ class Generator:
                 seconds = time.perf_counter() - started
                 self._count(now.n_tokens.sum(), rows.sum(), by_depth, seconds)
                 started = time.perf_counter()
-            _need_finite(now.finite)
+            check_finite(now.finite)
             pieces = {row: followers[row].push(now, row) for row in open_rows if now.accepted[row] >= 0}
             open_rows -= {row for row, piece in pieces.items() if piece.finish_reason}
             emitted, first = coming, False
@@ -312,12 +282,3 @@ class Generator:
 def _joined(parts: list[Any]) -> Any:
     """One batch of several, on the host."""
     return jax.tree.map(lambda *rows: np.concatenate(rows), *parts)
-
-
-def _need_finite(finite: np.ndarray) -> None:
-    if not finite.all():
-        rows = np.flatnonzero(~finite).tolist()
-        raise RequestError(
-            f"the model's logits are not finite (prompts {rows}): its weights or its cache hold NaN or "
-            "infinity; try --dtype fp32, or another checkpoint"
-        )

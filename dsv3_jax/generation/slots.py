@@ -11,8 +11,9 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.generation import decode
 from dsv3_jax.generation.cache import LatentCache, init_cache
 from dsv3_jax.generation.decode import DecodeState, Emitted
-from dsv3_jax.generation.generator import decode_step, needs_filters
+from dsv3_jax.generation.generator import decode_step
 from dsv3_jax.generation.prefill import chunks, prefill_chunk
+from dsv3_jax.generation.request_checks import needs_filters
 from dsv3_jax.generation.requests import Limits, Request
 from dsv3_jax.generation.sampling import SamplingParams, make_sampler
 from dsv3_jax.generation.speculation import window

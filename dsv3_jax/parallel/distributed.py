@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dsv3_jax.config_checks import ConfigError, Problem
+from dsv3_jax.config_reading import ConfigError, Problem
 from dsv3_jax.parallel.launchers import Place
 from dsv3_jax.parallel.lifeline import SILENCE, Lifeline
 

@@ -7,6 +7,7 @@ replica ever holds a whole sum.
 """
 
 import functools
+from typing import Any
 
 import jax
 from jax import lax
@@ -26,7 +27,7 @@ def whole(part: Float[Array, "..."], layout: ExpertLayout, dtype: DTypeLike) -> 
     """
     for dim, axes in enumerate(layout.spec):
         if axes is not None and AXIS in axes:  # The innermost axis there: parts lie one after the other.
-            gathered = _gather(part, dim, dtype)
+            gathered: Any = _gather(part, dim, dtype)
             return checkpoint_name(gathered, KEPT) if layout.kept else gathered
     return part
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from dsv3_jax.config_checks import ConfigError, Problem
+from dsv3_jax.config_reading import ConfigError, Problem
 
 FLAGS = {
     "--coordinator": "HOST:PORT of process 0, the same for all",

@@ -7,7 +7,7 @@ from dsv3_jax.mesh_checks import mesh_shape
 from dsv3_jax.pipeline.cells import ScheduleError
 from dsv3_jax.pipeline.schedules import NAMES, n_stages, refuse, stage_sizes
 
-Problem = tuple[str, Any, str]  # Field, value, fix: see `config_checks.Problem`.
+Problem = tuple[str, Any, str]  # Field, value, fix: see `config_reading.Problem`.
 
 
 def problems(config: Config, n_devices: int) -> list[Problem]:

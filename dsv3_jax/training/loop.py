@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dsv3_jax.config import Config
-from dsv3_jax.config_checks import ConfigError, Problem
+from dsv3_jax.config_reading import ConfigError, Problem
 from dsv3_jax.data import Loader, Tokenizer, bigram_cross_entropy
 from dsv3_jax.parallel import distributed
 from dsv3_jax.training import plots, schedules

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dsv3_jax.config_checks import ConfigError
+from dsv3_jax.config_reading import ConfigError
 from dsv3_jax.parallel.launchers import FIRST_PORT, PORTS, Place, find_place, first_host
 
 LAUNCH = Path(__file__).parents[2] / "launch"

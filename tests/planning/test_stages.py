@@ -9,7 +9,8 @@ import pytest
 
 from dsv3_jax.cli import main
 from dsv3_jax.cli._shared import load_config
-from dsv3_jax.config_checks import override, typed
+from dsv3_jax.config_checks import typed
+from dsv3_jax.config_reading import override
 from dsv3_jax.pipeline import ScheduleError
 from dsv3_jax.planning import stages
 from dsv3_jax.planning.shapes import parameter_shapes
