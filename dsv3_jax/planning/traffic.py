@@ -37,11 +37,14 @@ def _state(config: Config, split: Split, n_micro: int) -> list[tuple[str, str, f
     """Parameters and gradients."""
     by_part = parts(config, split)
     width = 4 if config.train.precision == "fp32" else 2
-    whole = sum(part.whole for part in by_part.values())
-    shared = whole - by_part["experts"].whole  # What every rank of `expert` has a copy of.
+    experts = by_part["experts"].whole
+    # What every rank of `expert` has a copy of.
+    shared = sum(part.whole for part in by_part.values()) - experts
     data, expert = (split.data - 1) / split.data, (split.expert - 1) / split.expert
     split_over_data = split.sharding != "replicated"
-    reduce = data * whole * width * n_micro
+    # Experts' gradients are summed in float32. FP8 takes its scales from float32 weights.
+    reduce = data * (experts * 4 + shared * width) * n_micro
+    gathered = experts * (4 if config.train.precision == "fp8" else width)
     rest = shared / split.data if split_over_data else shared
     name = "reduce-scatter gradients" if split_over_data else "all-reduce gradients"
     found = [
@@ -49,9 +52,9 @@ def _state(config: Config, split: Split, n_micro: int) -> list[tuple[str, str, f
         ("all-reduce gradients", "expert", 2 * expert * rest * width * n_micro),
     ]
     if split.sharding == "fsdp":
-        found.append(("all-gather parameters", "data", 2 * data * whole * width * n_micro))
-    if split.sharding == "zero1":
-        found.append(("all-gather parameters", "data", data * whole * 4))
+        found.append(("all-gather parameters", "data", 2 * data * (gathered + shared * width) * n_micro))
+    if split.sharding == "zero1":  # Experts layer by layer, what is whole at rest after the update.
+        found.append(("all-gather parameters", "data", data * (gathered * n_micro + shared * 4)))
     return found
 
 

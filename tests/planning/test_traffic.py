@@ -35,6 +35,17 @@ def test_fsdp_gathers_twice_and_scatters_once():
     assert found["all-gather", "data"].size == pytest.approx(2 * 7 / 8 * 4 * size)
 
 
+def test_zero1_gathers_experts_for_each_micro_batch_and_the_rest_once():
+    config = run(data=8, sharding="zero1", precision="bf16", micro_batch_size=8, batch_size=16)
+    held = parts(config, Split(8, 1, "zero1"))
+    experts = held["experts"].whole
+    rest = sum(part.whole for part in held.values()) - experts
+    found = by_name(config, Split(8, 1, "zero1"))
+    assert found["all-gather", "data"].size == pytest.approx(7 / 8 * (2 * 2 * experts + 4 * rest))
+    # Gradients of experts travel in float32, all others in bfloat16.
+    assert found["reduce-scatter", "data"].size == pytest.approx(7 / 8 * 2 * (4 * experts + 2 * rest))
+
+
 def test_one_device_sends_nothing():
     assert by_name(run(), Split(1, 1, "replicated"), "h200:1") == {}
 
