@@ -21,8 +21,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from dsv3_jax.cli._shared import load_config
-from dsv3_jax.config_checks import override, typed
-from dsv3_jax.planning import compiled, memory, parse_topology
+from dsv3_jax.config_checks import typed
+from dsv3_jax.config_reading import override
+from dsv3_jax.planning import compiled, memory, parse_topology, search
 from dsv3_jax.planning.shapes import Split, split_of
 
 RESULTS = Path(__file__).parent / "results"
@@ -84,15 +85,28 @@ CASES = (
         ("train.batch_size=64", "train.micro_batch_size=32"),
     ),
     Case("moe_16b", "configs/moe_16b.py", "v6e:4x8", ("train.batch_size=64", "train.micro_batch_size=32")),
-    Case("llm_67b", "configs/llm_67b.py", "v5p:4x4x4", ("train.batch_size=128", "train.micro_batch_size=64")),
     Case("v3_671b", "configs/v3_671b.py", "v5p:8x8x16"),
 )
+# `dsv3 plan --search`: what it ranks first is compiled.
+SEARCH = Case("proxy_300m, the best of a search", "configs/proxy_300m.py", "v6e:2x2")
 
 
 def config_of(case: Case):
     """The typed configuration of a case."""
     tree = load_config(Path(__file__).parents[1] / case.config)
     return typed(tree, override(tree, case.overrides))
+
+
+def search_here() -> dict:
+    """The first of a search, planned for its own mesh and compiled."""
+    best, tried = search.search(config_of(SEARCH), parse_topology(SEARCH.topology))
+    train, mesh = best[0].config.train, best[0].config.mesh
+    overrides = [f"train.{name}={getattr(train, name)}" for name in ("remat", "micro_batch_size")]
+    overrides += [f"mesh.{name}={getattr(mesh, name)}" for name in ("data", "expert", "sharding")]
+    case = SEARCH._replace(overrides=tuple(overrides))
+    ranked = {"tried": tried, "ranked_at_gib": best[0].used.total / GIB}
+    entry = case._asdict() | ranked | compile_here(case) | planned(case)
+    return entry | {"off": entry["planned_gib"] / entry["compiler_gib"] - 1}
 
 
 def compile_here(case: Case) -> dict:
@@ -138,12 +152,19 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[case.name for case in CASES], metavar="NAME")
     parser.add_argument("--out", type=Path, default=RESULTS / "planner.json")
     parser.add_argument("--compile", metavar="NAME", help="compile one here and print it")
+    parser.add_argument("--search", action="store_true", help="compile what `dsv3 plan --search` finds best")
     arguments = parser.parse_args()
+    known = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"programs": []}
+    if arguments.search:
+        found = search_here()
+        print(f"{found['name']}: {' '.join(found['overrides'])}: {found['compiler_gib']:.2f} GiB", end="")
+        print(f"   {found['off']:+.1%}, of {found['tried']} tried")
+        arguments.out.write_text(json.dumps(known | {"search": found}, indent=1) + "\n")
+        return
     if arguments.compile:
         print(json.dumps(compile_here(next(c for c in CASES if c.name == arguments.compile))))
         return
-    known = json.loads(arguments.out.read_text())["programs"] if arguments.out.exists() else []
-    programs = {entry["name"]: entry for entry in known}
+    programs = {entry["name"]: entry for entry in known["programs"]}
     for case in CASES:
         entry = programs.get(case.name, {}) | case._asdict()
         if case.name in arguments.only:
@@ -159,9 +180,8 @@ def main() -> None:
     rows = measured()
     for row in rows:
         print(f"H200 {row['precision']}: {row['measured_gib']:.2f} GiB, planned {row['planned_gib']:.2f}")
-    arguments.out.write_text(
-        json.dumps({"programs": list(programs.values()), "measured": rows}, indent=1) + "\n"
-    )
+    found = known | {"programs": list(programs.values()), "measured": rows}
+    arguments.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -160,6 +160,9 @@ def _experts(config: Config, split: Split, platform: str) -> float:
     elements = found.rows * (2 * model.d_model + 5 * wide(moe.d_ff_expert, platform))
     if split.expert > 1:  # The buffers of what leaves and what arrives.
         elements += 2 * found.slots * model.d_model
+    if platform == "tpu":  # The choices of each slot before they are summed; in tiles of 8 that is a copy.
+        choices = found.slots * (moe.top_k + (-(-moe.top_k // 8) * 8 if moe.top_k % 8 else 0))
+        elements = max(elements, (choices + found.rows) * model.d_model)
     weights = 3 * model.d_model * moe.d_ff_expert * moe.n_experts / split.expert
     if split.data == 1:
         return elements * _bytes(config) + _weights(config, weights)
@@ -170,11 +173,10 @@ def _experts(config: Config, split: Split, platform: str) -> float:
 
 
 def _whole_tables(config: Config, split: Split) -> float:
-    """The embedding is gathered whole for the look-up; with MTP its gradient is there early."""
+    """The embedding is gathered whole for the look-up, in float32; with MTP its gradient is there early."""
     if split.sharding != "fsdp" or split.data == 1:
         return 0.0
-    table = config.model.vocab_size * config.model.d_model
-    return table * (_bytes(config) + (4.0 if config.model.mtp.depth else 0.0))
+    return config.model.vocab_size * config.model.d_model * (8.0 if config.model.mtp.depth else 4.0)
 
 
 def _loss(config: Config, split: Split) -> float:
