@@ -44,6 +44,8 @@ def test_table_2_of_the_paper(name):
             schedule = build(name, pp // 2 if name == "dualpipev" else pp, share * pp)
             held, activations = parameters(schedule), peak_activations(schedule)
             for durations, d in EXACT.items():
+                if durations != "light weights" and share not in (2, 8):
+                    continue  # Special cases of the other.
                 if durations == "full overlap" and not name.startswith("dual"):
                     continue  # Without F&B it is "equal", twice as long.
                 done += 1
@@ -54,7 +56,7 @@ def test_table_2_of_the_paper(name):
                 if d.overlapped is None:
                     # Every rank then works equally long, so each idles exactly that much.
                     assert set(timeline.idle) == {bubble}, where
-    assert done >= 3 * 56
+    assert done >= 7 * 8 + 2 * 8
 
 
 @settings(max_examples=60, deadline=None)
