@@ -1,8 +1,10 @@
 """Plans of runs: what fits, how fast it can be, what it costs, before any machine is rented.
 
 hardware   chips, links and prices; topologies as text
-shapes     the program's own shapes on devices that are not here
+shapes     the program's own state on devices that are not here
+residuals  what its forward pass leaves for the backward pass
 memory     HBM by kind
+stages     memory of a pipeline's rank
 flops, traffic, roofline, cost
 compiled   the training step compiled for TPUs ahead of time, and the compiler's own analysis
 search     meshes, ZeRO modes and remat policies, ranked

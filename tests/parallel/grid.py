@@ -30,7 +30,7 @@ from tests.oracles import transformer
 VOCAB, HOT = 16, 5
 # What decides between experts, scores of 0 to 1, is this far apart: 8 unit roundoffs of bf16.
 MARGIN = 0.03
-RATES = Schedules(*np.float32((0.02, 0.25, 0.3)))
+RATES = Schedules(*map(np.float32, (0.02, 0.25, 0.3)))
 LOADS = ("spread", "one expert takes everything")
 
 
@@ -42,13 +42,14 @@ class Size(NamedTuple):
     experts: int
 
     @property
-    def model(self) -> ModelConfig:
+    def model(self):
         moe = MoEConfig(
             n_dense_layers=0, n_experts=self.experts, top_k=3, d_ff_expert=8, n_groups=4, topk_groups=2
         )
         attention = AttentionConfig(kind="mqa", n_heads=2, head_dim=4)
-        shape = dict(vocab_size=VOCAB, d_model=16, n_layers=1, init_std=0.3)
-        return ModelConfig(**shape, attention=attention, moe=moe)
+        return ModelConfig(
+            vocab_size=VOCAB, d_model=16, n_layers=1, init_std=0.3, attention=attention, moe=moe
+        )
 
 
 MANY, FEW = (
@@ -67,26 +68,31 @@ class Case(NamedTuple):
     precision: str = "fp32"
     size: Size = MANY
 
-    def __str__(self) -> str:
+    def __str__(self):
         few = ", few tokens" if self.size == FEW else ""
         return f"{self.data} x {self.expert}, {self.sharding}, {self.micro} micro, {self.precision}{few}"
 
     @property
-    def config(self) -> Config:
+    def config(self):
         """Moments are in host memory where all is split and nothing accumulated."""
         batch, seq, _ = self.size
-        sizes = dict(seq_len=seq, batch_size=batch, micro_batch_size=batch // self.micro)
         memory = "host" if self.sharding == "fsdp" and self.micro == 1 else "device"
         return Config(
             model=self.size.model,
             # An eps near the gradients' size, so that a rounding does not become a whole step.
             optimizer=OptimizerConfig(eps=0.01, clip_norm=0.5, memory=memory),
-            train=TrainConfig(precision=self.precision, remat="v3", **sizes),
+            train=TrainConfig(
+                precision=self.precision,
+                remat="v3",
+                seq_len=seq,
+                batch_size=batch,
+                micro_batch_size=batch // self.micro,
+            ),
             mesh=MeshConfig(data=self.data, expert=self.expert, sharding=self.sharding),
         )
 
 
-def every() -> list[Case]:
+def every():
     """All that 8 devices can be split into, data x expert; and with few tokens all meshes and precisions."""
     found = []
     for precision in ("fp32", "bf16", "fp8"):
@@ -99,7 +105,7 @@ def every() -> list[Case]:
 
 
 @functools.cache
-def start(size: Size, load: str):
+def start(size, load):
     """The state before the step, on the host."""
     config = Case(size=size).config
     rng = np.random.default_rng(1)
@@ -116,11 +122,12 @@ def start(size: Size, load: str):
     return jax.tree_util.tree_map_with_path(value, abstract_state(config, make_mesh(config.mesh)))
 
 
-def margins(size: Size, load: str, tokens: np.ndarray) -> float:
+def margins(size, load, tokens):
     """The least distance between what was chosen and what was not, experts and groups, in a sequence."""
     state, model, moe = start(size, load), size.model, size.model.moe
     tree = to_oracle(state.params, state.router, model)
     (routing,) = transformer.forward(tree, tokens, model).routing
+    assert routing is not None  # The only layer has experts.
     biased = routing.scores + tree["layers"][0]["ffn"]["bias"]
     by_group = np.sort(biased.reshape(len(tokens), moe.n_groups, -1), -1)[..., -2:].sum(-1)
     groups = np.sort(by_group)[:, ::-1]
@@ -131,7 +138,7 @@ def margins(size: Size, load: str, tokens: np.ndarray) -> float:
 
 
 @functools.cache
-def text(size: Size) -> np.ndarray:
+def text(size):
     """[batch, seq + 1] of tokens whose choices are clear under every load."""
     rng, rows = np.random.default_rng(2), []
     while len(rows) < size.batch:
@@ -142,7 +149,7 @@ def text(size: Size) -> np.ndarray:
 
 
 @functools.cache
-def step(case: Case):
+def step(case):
     """By load: the state after a step and its metrics, on the host."""
     config = case.config
     mesh = make_mesh(config.mesh)
@@ -168,24 +175,24 @@ def step(case: Case):
     return found
 
 
-def named(tree) -> dict[str, np.ndarray]:
+def named(tree):
     """Float64 leaves by path."""
     return {
         jax.tree_util.keystr(path): np.float64(x) for path, x in jax.tree_util.tree_leaves_with_path(tree)
     }
 
 
-def gradients(case: Case, load: str) -> dict[str, np.ndarray]:
+def gradients(case, load):
     """Clipped, as the first moment that a first step leaves: times 1 - b1."""
     return named(step(case)[load][0].optimizer.mu)
 
 
-def parameters(case: Case, load: str) -> dict[str, np.ndarray]:
+def parameters(case, load):
     """After the step."""
     return named(step(case)[load][0].params)
 
 
-def moves(case: Case, load: str) -> dict[str, np.ndarray]:
+def moves(case, load):
     """What the step moved each parameter by."""
     before = named(start(case.size, load).params)
     return {name: leaf - before[name] for name, leaf in parameters(case, load).items()}
