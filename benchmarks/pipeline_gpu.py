@@ -17,7 +17,6 @@ experts spread, which instructions the compiler put between the start and the en
 """
 
 import argparse
-import dataclasses
 import fcntl
 import gzip
 import json
@@ -33,114 +32,13 @@ from pathlib import Path
 from typing import Any, cast
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from pipeline_variants import VARIANTS, compiled, counted_memory, random_batch, random_state, variant_of  # noqa: E402
+
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.94")
 FLAGS = (
     "--xla_gpu_enable_latency_hiding_scheduler=true",
     "--xla_gpu_enable_command_buffer=",  # So that the profile names the instruction of each kernel.
 )
-
-VARIANTS = {  # Pipeline, (pipe, data, expert).
-    "data": ("", (1, 2, 1)),
-    "1f1b": ("1f1b", (2, 1, 1)),
-    "dualpipe": ("dualpipe", (2, 1, 1)),
-    "zb1p": ("zb1p", (2, 1, 1)),
-    "expert": ("", (1, 1, 2)),
-    "overlap": ("dualpipev", (1, 1, 2)),
-}
-
-
-def variant_of(config, name, n_micro, sequences):
-    """The run of a variant: `n_micro * sequences` a step, `sequences` at once on a device."""
-    pipeline, (pipe, data, expert) = VARIANTS[name]
-    rows, micro = sequences * n_micro, sequences * data * expert
-    mesh = dataclasses.replace(config.mesh, pipe=pipe, data=data, expert=expert)
-    train = dataclasses.replace(config.train, pipeline=pipeline, batch_size=rows, micro_batch_size=micro)
-    return dataclasses.replace(config, mesh=mesh, train=train)
-
-
-def random_state(config, mesh):
-    """Weights of the run's deviation, norms of one, moments of zero; cheap to compile."""
-    import jax
-    import jax.numpy as jnp
-
-    from dsv3_jax.training.state import abstract_state, shardings
-
-    abstract = abstract_state(config, mesh)
-
-    def draw(path, leaf):
-        where = jax.tree_util.keystr(path)
-        if "scale" in where and "params" in where:
-            return jnp.ones(leaf.shape, leaf.dtype)
-        if "params" not in where:
-            return jnp.zeros(leaf.shape, leaf.dtype)
-        key = jax.random.key(len(where), impl="rbg")
-        return config.model.init_std * jax.random.normal(key, leaf.shape, leaf.dtype)
-
-    make = jax.jit(
-        lambda: jax.tree_util.tree_map_with_path(draw, abstract), out_shardings=shardings(abstract)
-    )
-    return make()
-
-
-def random_batch(config, mesh):
-    import jax
-    import numpy as np
-
-    from dsv3_jax.training.step import batch_sharding
-
-    train = config.train
-    rng = np.random.default_rng(0)
-    shape = train.batch_size, train.seq_len + 1
-    tokens = rng.integers(0, config.model.vocab_size, shape).astype(np.int32)
-    rows = {
-        "tokens": tokens[:, :-1],
-        "targets": tokens[:, 1:],
-        "positions": np.broadcast_to(np.arange(train.seq_len, dtype=np.int32), tokens[:, 1:].shape),
-        "segment_ids": np.ones_like(tokens[:, 1:]),
-        "loss_mask": np.ones(tokens[:, 1:].shape, bool),
-    }
-    cut = -1, train.micro_batch_size, train.seq_len
-    return {name: jax.device_put(x.reshape(cut), batch_sharding(mesh)) for name, x in rows.items()}
-
-
-def compiled(config, mesh):
-    """The step, its rates, and the seconds of tracing and compiling."""
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-
-    from dsv3_jax.training.state import abstract_state
-    from dsv3_jax.training.step import Schedules, batch_sharding, make_train_step
-
-    train = config.train
-    shape = train.batch_size // train.micro_batch_size, train.micro_batch_size, train.seq_len
-    dtypes = dict.fromkeys(("tokens", "targets", "positions", "segment_ids"), jnp.int32)
-    batch = {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
-        for name, dtype in (dtypes | {"loss_mask": jnp.bool_}).items()
-    }
-    rates = Schedules(*(jnp.float32(x) for x in (1e-4, 1e-3, 0.3)))
-    start = time.perf_counter()
-    step: Any = make_train_step(config, mesh)
-    lowered = step.lower(abstract_state(config, mesh), batch, np.int32(shape[0]), rates)
-    traced = time.perf_counter()
-    return lowered.compile(), rates, {"trace": traced - start, "compile": time.perf_counter() - traced}
-
-
-def counted_memory(config, mesh) -> dict[str, float]:
-    """GiB that a device holds at the peak, as the planner counts."""
-    import jax
-
-    from dsv3_jax.planning import memory, stages
-    from dsv3_jax.planning.shapes import Split
-
-    platform = "gpu" if jax.default_backend() == "gpu" else "cpu"
-    if config.train.pipeline:
-        found = stages.of_rank(config, mesh, platform)
-    else:
-        split = Split(mesh.shape["data"], mesh.shape["expert"], config.mesh.sharding)
-        found = memory.of_step(config, split, platform)
-    return {name: size / 2**30 for name, size in found._asdict().items()}
 
 
 def run(name, config, mesh, step, rates, steps, raw) -> dict:
@@ -257,16 +155,64 @@ def report(results):
         memory = f"{row['peak_gib']:>8.1f}{row['assigned_gib']:>10.1f}{row['counted_gib']['all']:>9.1f}"
         speed, loss = row["tokens_per_second"], row["loss"]
         print(f"{name:10}{speed:>10.0f}{loss:>9.4f}{memory}{row['seconds']['compile']:>9.0f}")
-    head = "".join(f"{what + ': measured':>17}{'in step':>9}{'free':>9}" for what in ("ms", "idle"))
+    kinds = "measured", "own", "in_step", "free"
+    head = "".join(f"{what + ': measured':>17}{'own':>9}{'means':>9}{'free':>9}" for what in ("ms", "idle"))
     print(f"\n{'':10}{head}")
     for name, row in results.items():
         if "measured" in row.get("bubble", {}):
-            three = [row["bubble"][kind] for kind in ("measured", "in_step", "free")]
-            times = "{:>17.1f}{:>9.1f}{:>9.1f}".format(*(one["step_ms"] for one in three))
-            print(f"{name:10}{times}" + "{:>17.4f}{:>9.4f}{:>9.4f}".format(*(one["idle"] for one in three)))
+            found = [row["bubble"][kind] for kind in kinds]
+            times = "{:>17.1f}{:>9.1f}{:>9.1f}{:>9.1f}".format(*(one["step_ms"] for one in found))
+            shares = "{:>17.4f}{:>9.4f}{:>9.4f}{:>9.4f}".format(*(one["idle"] for one in found))
+            print(f"{name:10}{times}{shares}")
     for name, row in results.items():
         if "error" in row.get("bubble", {}):
             print(f"{name}: {row['bubble']['error']}")
+
+
+def start(name, folder, arguments, until) -> subprocess.Popen:
+    """`measure` in a process of its own, which writes to files of the variant's name in the folder."""
+    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "PIPELINE_DUMP": f"{folder}/{name}"}
+    flags = [os.environ.get("XLA_FLAGS", "")]
+    if os.environ.get("JAX_PLATFORMS") != "cpu":
+        flags += FLAGS
+    if arguments.raw:
+        arguments.raw.mkdir(parents=True, exist_ok=True)
+        flags += [f"--xla_dump_to={folder}/{name}", "--xla_dump_hlo_module_re=jit_step"]
+    more = [f"--locks={folder}", f"--until={until}", f"--child={name}"]
+    with open(Path(folder) / f"{name}.log", "w") as log:
+        command = [sys.executable, __file__, *sys.argv[1:], *more]
+        return subprocess.Popen(
+            command, env=environment | {"XLA_FLAGS": " ".join(flags)}, stdout=log, stderr=log
+        )
+
+
+def measure_all(arguments) -> dict:
+    """What `measure` found of each variant, or its error."""
+    began, results = time.time(), {}
+    with tempfile.TemporaryDirectory() as folder:
+        until = began + arguments.compile_seconds
+        waiting = {name: start(name, folder, arguments, until) for name in arguments.variants.split(",")}
+
+        def log_of(name):
+            return (Path(folder) / f"{name}.log").read_text()
+
+        while waiting and time.time() - began < arguments.seconds:
+            time.sleep(0.5)
+            for name in [name for name, child in waiting.items() if child.poll() is not None]:
+                code, file = waiting.pop(name).returncode, Path(folder) / f"{name}.json"
+                if file.exists():
+                    row = json.loads(file.read_text())
+                else:
+                    row = {"error": f"exit {code}: {log_of(name)[-3000:]}"}
+                results[name] = row
+                if arguments.out:
+                    arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+                brief = {key: value for key, value in row.items() if key not in ("schedule", "bubble")}
+                print(f"{time.time() - began:.0f} s: {name}", json.dumps(brief), flush=True)
+        for name, child in waiting.items():
+            child.kill()
+            print(f"{name}: stopped after {arguments.seconds} s: {log_of(name)[-1500:]}")
+    return results
 
 
 def main() -> int:
@@ -291,44 +237,7 @@ def main() -> int:
         sys.stdout.flush()
         os._exit(0)  # Nothing to tidy up, and the memory is wanted.
 
-    began, results = time.time(), {}
-    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    if os.environ.get("JAX_PLATFORMS") != "cpu":
-        environment["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
-    with tempfile.TemporaryDirectory() as folder:
-        more = [f"--locks={folder}", f"--until={began + arguments.compile_seconds}"]
-        children = {}
-        for name in arguments.variants.split(","):
-            command = [sys.executable, __file__, *sys.argv[1:], *more, f"--child={name}"]
-            own = environment
-            if arguments.raw:
-                arguments.raw.mkdir(parents=True, exist_ok=True)
-                dump = f"--xla_dump_to={folder}/{name} --xla_dump_hlo_module_re=jit_step"
-                own = own | {"XLA_FLAGS": f"{own.get('XLA_FLAGS', '')} {dump}"}
-                own["PIPELINE_DUMP"] = f"{folder}/{name}"
-            with open(Path(folder) / f"{name}.log", "w") as log:
-                children[name] = subprocess.Popen(command, env=own, stdout=log, stderr=log)
-        waiting = dict(children)
-        while waiting and time.time() - began < arguments.seconds:
-            time.sleep(0.5)
-            for name in [name for name, child in waiting.items() if child.poll() is not None]:
-                code, file = waiting.pop(name).returncode, Path(folder) / f"{name}.json"
-                log = (Path(folder) / f"{name}.log").read_text()
-                row = (
-                    json.loads(file.read_text())
-                    if file.exists()
-                    else {"error": f"exit {code}: {log[-3000:]}"}
-                )
-                results[name] = row
-                if arguments.out:
-                    arguments.out.write_text(json.dumps(results, indent=1) + "\n")
-                brief = {key: value for key, value in row.items() if key != "schedule"}
-                print(f"{time.time() - began:.0f} s: {name}", json.dumps(brief), flush=True)
-        for name, child in waiting.items():
-            child.kill()
-            log = (Path(folder) / f"{name}.log").read_text()
-            print(f"{name}: stopped after {arguments.seconds} s: {log[-1500:]}")
-    report(results)
+    report(measure_all(arguments))
     return 0
 
 
