@@ -30,7 +30,7 @@ from tests.oracles import transformer
 VOCAB, HOT = 16, 5
 # What decides between experts, scores of 0 to 1, is this far apart: 8 unit roundoffs of bf16.
 MARGIN = 0.03
-RATES = Schedules(*map(np.float32, (0.02, 0.25, 0.3)))
+RATES = Schedules(0.02, 0.25, 0.3)
 LOADS = ("spread", "one expert takes everything")
 
 
@@ -168,10 +168,10 @@ def step(case):
     def placed(leaf, shape):
         return jax.device_put(leaf, shape.sharding)
 
-    found = {}
+    found, rates = {}, Schedules(*map(np.float32, RATES))
     for load in LOADS:
         state = jax.tree.map(placed, start(case.size, load), abstract)
-        found[load] = jax.device_get(run(state, put, np.int32(case.micro), RATES))
+        found[load] = jax.device_get(run(state, put, np.int32(case.micro), rates))
     return found
 
 
