@@ -34,27 +34,28 @@ def of_step(config: Config, split: Split, topology: Topology) -> list[Transfer]:
 
 
 def _state(config: Config, split: Split, n_micro: int) -> list[tuple[str, str, float]]:
-    """Parameters and gradients."""
+    """Parameters and gradients, in the dtype in which they are multiplied; the experts' gradients in float32.
+
+    In FP8 weights reach their kernels in float32.
+    """
     by_part = parts(config, split)
-    width = 4 if config.train.precision == "fp32" else 2
+    width = 2 if config.train.precision == "bf16" else 4
     experts = by_part["experts"].whole
-    # What every rank of `expert` has a copy of.
-    shared = sum(part.whole for part in by_part.values()) - experts
+    shared = sum(part.whole for part in by_part.values()) - experts  # Every rank of `expert` has a copy.
     data, expert = (split.data - 1) / split.data, (split.expert - 1) / split.expert
     split_over_data = split.sharding != "replicated"
-    # Experts' gradients are summed in float32. FP8 takes its scales from float32 weights.
-    reduce = data * (experts * 4 + shared * width) * n_micro
-    gathered = experts * (4 if config.train.precision == "fp8" else width)
+    reduce = data * (4 * experts + width * shared) * n_micro
     rest = shared / split.data if split_over_data else shared
     name = "reduce-scatter gradients" if split_over_data else "all-reduce gradients"
     found = [
         (name, "data", reduce * (1 if split_over_data else 2)),
         ("all-reduce gradients", "expert", 2 * expert * rest * width * n_micro),
     ]
-    if split.sharding == "fsdp":
-        found.append(("all-gather parameters", "data", 2 * data * (gathered + shared * width) * n_micro))
-    if split.sharding == "zero1":  # Experts layer by layer, what is whole at rest after the update.
-        found.append(("all-gather parameters", "data", data * (gathered * n_micro + shared * 4)))
+    if split.sharding == "fsdp":  # For the forward pass, and again for the backward pass.
+        found.append(("all-gather parameters", "data", 2 * data * (experts + shared) * width * n_micro))
+    if split.sharding == "zero1":  # Experts layer by layer, and kept; the rest when the step has updated it.
+        gathered = experts * width * n_micro + shared * 4
+        found.append(("all-gather parameters", "data", data * gathered))
     return found
 
 

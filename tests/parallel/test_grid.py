@@ -1,6 +1,6 @@
 """Training steps on meshes of 8 devices, by ZeRO mode, accumulation, precision and load, against one device.
 
-    DSV3_GRID=all pytest -rP tests/parallel/test_grid.py     # All 84 programs, 15 to 25 minutes of a core.
+    DSV3_GRID=all pytest -rP tests/parallel/test_grid.py     # All 84 programs, some 20 minutes of a core.
 
 By itself two of them: with the three of `training/test_step.py`, which compares with float64 numpy, they have
 every mesh and every mode, each with and without accumulation, the finest and the coarsest precision.
@@ -19,7 +19,7 @@ CASES = every() if os.environ.get("DSV3_GRID") == "all" else CHOSEN
 # Unit roundoffs: of a float32 sum, of bf16, of e4m3.
 FP32, BF16, E4M3 = 2.0**-24, 2.0**-8, 2.0**-4
 # A gradient has gone through about ten products in a row, each rounded; in FP8 most are of operands that are
-# equal on both sides, and weights' gradients are rounded twice.
+# equal on both sides, and weights' gradients are rounded twice. In the whole grid: 0.032, 0.074.
 SAME = {"bf16": 10 * BF16, "fp8": 2 * E4M3}
 
 

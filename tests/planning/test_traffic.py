@@ -46,6 +46,18 @@ def test_zero1_gathers_experts_for_each_micro_batch_and_the_rest_once():
     assert found["reduce-scatter", "data"].size == pytest.approx(7 / 8 * 2 * (4 * experts + 2 * rest))
 
 
+def test_bytes_by_precision():
+    """In bf16 the gradients of what is not an expert travel in bf16; in FP8 kernels are given float32."""
+    split = Split(8, 1, "zero1")
+    held = parts(run(data=8), split)
+    experts = held["experts"].whole
+    rest = sum(part.whole for part in held.values()) - experts
+    for precision, width in (("bf16", 2), ("fp8", 4)):
+        found = by_name(run(data=8, sharding="zero1", precision=precision), split)
+        assert found["reduce-scatter", "data"].size == pytest.approx(7 / 8 * (4 * experts + width * rest))
+        assert found["all-gather", "data"].size == pytest.approx(7 / 8 * (width * experts + 4 * rest))
+
+
 def test_one_device_sends_nothing():
     assert by_name(run(), Split(1, 1, "replicated"), "h200:1") == {}
 
