@@ -85,6 +85,7 @@ CASES = (
         ("train.batch_size=64", "train.micro_batch_size=32"),
     ),
     Case("moe_16b", "configs/moe_16b.py", "v6e:4x8", ("train.batch_size=64", "train.micro_batch_size=32")),
+    Case("llm_67b", "configs/llm_67b.py", "v5p:4x4x4", ("train.batch_size=128", "train.micro_batch_size=64")),
     Case("v3_671b", "configs/v3_671b.py", "v5p:8x8x16"),
 )
 # `dsv3 plan --search`: what it ranks first is compiled.
