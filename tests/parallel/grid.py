@@ -26,6 +26,7 @@ from dsv3_jax.training.state import abstract_state
 from dsv3_jax.training.step import Schedules, batch_sharding, make_train_step
 from tests.model.translate import to_oracle
 from tests.oracles import transformer
+from tests.oracles.tree import float64
 
 VOCAB, HOT = 16, 5
 # What decides between experts, scores of 0 to 1, is this far apart: 8 unit roundoffs of bf16.
@@ -122,10 +123,16 @@ def start(size, load):
     return jax.tree_util.tree_map_with_path(value, abstract_state(config, make_mesh(config.mesh)))
 
 
+@functools.cache
+def oracle(size, load):
+    """The state as the oracles have it."""
+    state = start(size, load)
+    return float64(to_oracle(state.params, state.router, size.model))
+
+
 def margins(size, load, tokens):
     """The least distance between what was chosen and what was not, experts and groups, in a sequence."""
-    state, model, moe = start(size, load), size.model, size.model.moe
-    tree = to_oracle(state.params, state.router, model)
+    tree, model, moe = oracle(size, load), size.model, size.model.moe
     (routing,) = transformer.forward(tree, tokens, model).routing
     assert routing is not None  # The only layer has experts.
     biased = routing.scores + tree["layers"][0]["ffn"]["bias"]

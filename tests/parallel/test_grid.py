@@ -2,8 +2,9 @@
 
     DSV3_GRID=all pytest -rP tests/parallel/test_grid.py     # All 84 programs, some 20 minutes of a core.
 
-By itself two of them: with the three of `training/test_step.py`, which compares with float64 numpy, they have
-every mesh and every mode, each with and without accumulation, the finest and the coarsest precision.
+By itself two like them, with fewer tokens than experts: with the three of `training/test_step.py`, of many tokens
+and beside float64 numpy, they have every mesh and every mode, with and without accumulation, the finest and
+the coarsest precision.
 """
 
 import os
@@ -13,7 +14,7 @@ import pytest
 
 from tests.parallel.grid import FEW, HOT, LOADS, Case, every, gradients, moves, parameters, start, step
 
-CHOSEN = [Case(4, 2, "fsdp"), Case(1, 8, "zero1", precision="fp8", size=FEW)]
+CHOSEN = [Case(4, 2, "fsdp", size=FEW), Case(1, 8, "zero1", precision="fp8", size=FEW)]
 CASES = every() if os.environ.get("DSV3_GRID") == "all" else CHOSEN
 
 # Unit roundoffs: of a float32 sum, of bf16, of e4m3.
