@@ -2,9 +2,9 @@
 
     DSV3_GRID=all pytest -rP tests/parallel/test_grid.py     # All 84 programs, some 20 minutes of a core.
 
-By itself two like them, with fewer tokens than experts: with the three of `training/test_step.py`, of many tokens
-and beside float64 numpy, they have every mesh and every mode, with and without accumulation, the finest and
-the coarsest precision.
+By itself two like them, of fewer tokens than experts: with the three of `training/test_step.py`, of more and
+beside float64 numpy, they have every mesh and every mode, with and without accumulation, the finest and the
+coarsest precision.
 """
 
 import os
