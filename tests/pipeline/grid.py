@@ -1,6 +1,6 @@
 """Every schedule on 2, 4 and 8 ranks beside no pipeline, in float64: pytest -rP tests/pipeline/grid.py
 
-Half an hour on one core, so pytest does not find it unless it is named; every change runs a part of it in
+About 40 minutes of one core, so pytest does not find it unless it is named; every change runs a part of it in
 `test_train_step.py`. `-k "dualpipe and mtp2"` runs some of it.
 """
 
@@ -97,11 +97,11 @@ def test_equal_to_no_pipeline(width, c, micros):
 
 @in_float32
 @pytest.mark.parametrize("name", NAMES)
-def test_float32_to_1e_6_by_norm(width, name):
-    """Of single entries the order of sums leaves up to 1.4e-6 of an array's largest."""
+def test_float32_by_norm(width, name):
+    """The order of sums leaves up to 8.1e-7 with two layers, 1.5e-6 with four; of single entries 2.4e-6."""
     c = case(name, 2, MESHES[2][1], 1, counts(name, 2)[1])
     found = errors(c)
-    assert found.norm <= 1e-6 and found.loss <= 1e-6 and found.counts == 0, found
+    assert found.norm <= 5e-7 * c.model.n_layers and found.loss <= 1e-6 and found.counts == 0, found
 
 
 @in_float32
@@ -109,8 +109,8 @@ def test_float32_to_1e_6_by_norm(width, name):
 def test_fp8(width, name):
     c = case(name, 2, {}, 0, counts(name, 2)[0], precision="fp8")
     found = errors(c)
-    # As in `test_train_step.py`.
-    assert found.norm <= 0.01 and found.loss <= 1e-4, found
+    # As in `test_train_step.py`; found: 6e-8 (DualPipe), 0 by the others.
+    assert found.norm <= 0.01 and found.loss <= 1e-4 and found.counts == 0, found
 
 
 @st.composite
