@@ -11,6 +11,7 @@ RANKS = [
     {
         "config",
         "config_checks",
+        "config_reading",
         "mesh_checks",
         "compilation_cache",
         "pipeline.cells",
@@ -18,7 +19,14 @@ RANKS = [
         "pipeline.schedules",
         "pipeline.settings",
     },
-    {"precision", "parallel.mesh", "parallel.transport", "parallel.dispatch", "parallel.exchange"},
+    {
+        "precision",
+        "parallel.mesh",
+        "parallel.transport",
+        "parallel.dispatch",
+        "parallel.exchange",
+        "parallel.gather",
+    },
     {"model"},
     {"parallel", "pipeline"},
     {"data", "checkpoint"},
@@ -32,6 +40,7 @@ RANKS = [
 # Siblings of one rank that may see each other.
 ALLOWED = {
     ("config_checks", "config"),
+    ("config_checks", "config_reading"),
     ("config_checks", "mesh_checks"),
     ("mesh_checks", "config"),
     ("config_checks", "pipeline.schedules"),
@@ -45,6 +54,7 @@ ALLOWED = {
     ("pipeline.dualpipe", "pipeline.cells"),
     ("parallel.mesh", "parallel.transport"),
     ("parallel.exchange", "parallel.transport"),
+    ("parallel.gather", "parallel.mesh"),
     ("parallel.exchange", "parallel.dispatch"),
 }
 
