@@ -22,11 +22,10 @@ from tests.oracles.from_transformers import layer_params, model_params
 
 TOLERANCE = 2e-5
 TOKENS = np.random.default_rng(3).integers(0, 24, 11)
-QUICK: dict = {"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 11) else {}
 
 
 def our_logits(config, variables, tokens=TOKENS):
-    run = jax.jit(lambda v, t: forward(generated.plain(config), v, t), compiler_options=QUICK)
+    run = jax.jit(lambda v, t: forward(generated.plain(config), v, t))
     return np.asarray(run(variables, tokens[None]))[0]
 
 
@@ -76,7 +75,7 @@ def test_prediction_layer(tmp_path):
         outputs = Transformer(generated.plain(config)).apply(v, tokens, targets=targets)
         return outputs.hidden @ outputs.head, outputs.mtp_hidden[0] @ outputs.head
 
-    main, ahead = jax.jit(run, compiler_options=QUICK)(variables, TOKENS[None], targets[None])
+    main, ahead = jax.jit(run)(variables, TOKENS[None], targets[None])
     close(np.asarray(main)[0], out.logits)
     close(np.asarray(ahead)[0, : len(expected)], expected)
 

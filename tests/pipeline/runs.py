@@ -36,9 +36,8 @@ MODEL = ModelConfig(
         implementation="reference", n_dense_layers=1, n_experts=4, top_k=2, d_ff_expert=8, sequence_loss=0.1
     ),
 )
-# These emitters take half of the time to compile; how an operation is compiled is not what is tested. Nor is
-# that bf16 values between two operations are rounded in one program, and where they are fused not in another.
-OPTIONS = {"xla_cpu_use_fusion_emitters": False, "xla_allow_excess_precision": False}
+# Whether bf16 values between two operations are rounded, or not where they are fused, is not what is tested.
+OPTIONS = {"xla_allow_excess_precision": False}
 
 
 def config(name="", micros=1, mesh=None, mtp=0, layers=3, rows=None, model=MODEL, **fields):
