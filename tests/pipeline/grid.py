@@ -105,11 +105,12 @@ def test_float32_by_norm(width, name):
 
 
 @in_float32
+@pytest.mark.parametrize("mtp", [0, 1, 2])
 @pytest.mark.parametrize("name", NAMES)
-def test_fp8(width, name):
-    c = case(name, 2, {}, 0, counts(name, 2)[0], precision="fp8")
+def test_fp8(width, name, mtp):
+    c = case(name, 2, {}, mtp, counts(name, 2)[0], precision="fp8")
     found = errors(c)
-    # As in `test_train_step.py`; found: 6e-8 (DualPipe), 0 by the others.
+    # As in `test_train_step.py`; found: up to 1.4e-7, and once 6e-4, a number rounded to another code.
     assert found.norm <= 0.01 and found.loss <= 1e-4 and found.counts == 0, found
 
 
