@@ -110,7 +110,7 @@ def test_float32_by_norm(width, name):
 def test_fp8(width, name, mtp):
     c = case(name, 2, {}, mtp, counts(name, 2)[0], precision="fp8")
     found = errors(c)
-    # As in `test_train_step.py`; found: up to 1.4e-7, and once 6e-4, a number rounded to another code.
+    # As in `test_train_step.py`; found: up to 1.4e-7, and 6e-4 where a number rounds to another code.
     assert found.norm <= 0.01 and found.loss <= 1e-4 and found.counts == 0, found
 
 
