@@ -2,6 +2,7 @@
 
 import ast
 import json
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -126,6 +127,16 @@ def test_tfds_problems(tfds_dir, name, field, wrong, fix):
     ((found, value, text),) = _tfds(tfds_dir, name, field).problems()
     assert (found, value) == (wrong, field if wrong == "data.text_field" else f"tfds:{name}")
     assert fix in text
+
+
+def test_tfds_without_random_access(tfds_dir, tmp_path):
+    prepared = tmp_path / "tiny" / "a" / "1.2.0"
+    shutil.copytree(Path(tfds_dir) / "tiny" / "a" / "1.2.0", prepared)
+    info = prepared / "dataset_info.json"
+    info.write_text(info.read_text().replace("array_record", "tfrecord"))
+    ((field, value, fix),) = _tfds(str(tmp_path), "tiny/a").problems()
+    assert (field, value) == ("data.source", "tfds:tiny/a")
+    assert fix == "not in a format with random access; prepare it with array_record"
 
 
 def _write(folder, kind):
