@@ -172,9 +172,8 @@ class ExpertLayout(NamedTuple):
 def expert_layout(shape: Sequence[int]) -> ExpertLayout:
     """How the state lays out a layer's expert weights of this shape, under the surrounding `use_mesh`."""
     mesh, options, _ = _current.get() or _NOWHERE
+    assert mesh is not None
     names = ("experts", *[None for _ in shape[1:]])
-    if mesh is None:
-        return ExpertLayout(spec(*names), False)
     found = state_spec(names, shape, mesh, splits(options.sharding, names))
     return ExpertLayout(found, options.sharding == "zero1")
 

@@ -95,13 +95,17 @@ def test_equal_to_no_pipeline(width, c, micros):
     assert equal(found), found
 
 
+# 1.5e-6 by norm with their four layers, where others have two; 4e-15 in float64.
+BEYOND = pytest.mark.xfail(strict=True, reason="float32 sums in another order differ by more than 1e-6")
+
+
 @in_float32
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=BEYOND) if x in ("interleaved", "dualpipev") else x for x in NAMES]
+)
 def test_float32_by_norm(width, name):
-    """The order of sums leaves up to 8.1e-7 with two layers, 1.5e-6 with four; of single entries 2.4e-6."""
-    c = case(name, 2, MESHES[2][1], 1, counts(name, 2)[1])
-    found = errors(c)
-    assert found.norm <= 5e-7 * c.model.n_layers and found.loss <= 1e-6 and found.counts == 0, found
+    found = errors(case(name, 2, MESHES[2][1], 1, counts(name, 2)[1]))
+    assert found.norm <= 1e-6 and found.loss <= 1e-6 and found.counts == 0, found
 
 
 @in_float32
