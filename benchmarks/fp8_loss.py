@@ -6,19 +6,21 @@
 
 `tensor` is a control, one scale a tensor; `coarse` another, whose sums are left to the tensor cores besides.
 `again` is bf16 with another attention kernel, which adds in another order: how far two bf16 runs drift apart
-is the noise of the gap. The variants run one after another in one process: those with a number of steps share
-what the others leave of the seconds. Results are written as they come, and each program is compiled while the
-one before it trains. The gap is that of the losses smoothed over `WINDOW` steps, relative to bf16.
-`--add FILE` takes the variants that are not run from earlier results.
+is the noise of the gap. The variants take turns on the devices that there are: on one they run one after
+another, on four each has its own; those with a number of steps share what the others of their device leave
+of the seconds. Results are written as they come. The gap is that of the losses smoothed over `WINDOW` steps,
+relative to bf16. `--add FILE` takes the variants that are not run from earlier results.
 
 With `--shared N` the first N steps are bf16's, and the variants part there: a run from nothing goes through
 transitions, as when attention learns to copy, whose moment differs from one bf16 run to the next.
 """
 
 import argparse
+import functools
 import json
 import os
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -54,45 +56,44 @@ CLAIM = 0.25  # Percent: DeepSeek-V3, arXiv 2412.19437, section 3.3.
 
 
 class Text:
-    """The batches and schedules of every step, on the device, made while the first program compiles."""
+    """The rows of every step, made while the programs compile."""
 
-    def __init__(self, config, mesh):
+    def __init__(self, config):
         from dsv3_jax.data import Loader
-        from dsv3_jax.training import loop
 
         train = config.train
-        tokens = train.batch_size * train.seq_len
+        self._config, self._rows = config, []
         process = dict(process_index=0, process_count=1)
         loader = Loader(config.data, split="train", seq_len=train.seq_len, seed=train.seed, **process)
         self.source = loader.get_state()["data"]["data.source"]
         self.passes = train.steps * train.batch_size / loader.per_pass
-        self._steps: list[tuple] = []
-
-        def put(step):
-            batch, count = loop.put_batch(config, mesh, loader.take(train.batch_size), train.batch_size)
-            return batch, count, loop.schedules_at(config, step, step * tokens)
-
-        self._steps.append(put(0))  # What a program is compiled for.
 
         def read():
-            self._steps.extend(put(step) for step in range(1, train.steps))
+            self._rows.append(first)
+            self._rows.extend(loader.take(train.batch_size) for _ in range(1, train.steps))
             loader.close()
 
-        self._pool = ThreadPoolExecutor(1)
-        self._all = self._pool.submit(read)
+        first = loader.take(train.batch_size)
+        self._reader = ThreadPoolExecutor(1).submit(read)
 
-    def __getitem__(self, step):
-        return self._steps[step]
+    def inputs(self, mesh, step: int):
+        """The batch, its number of micro-batches and the schedules of a step, on the device of `mesh`."""
+        from dsv3_jax.training import loop
 
-    def wait(self):
-        """Until every step's batch is there."""
-        self._all.result()
+        while len(self._rows) <= step:
+            if self._reader.done():
+                self._reader.result()  # Raises what went wrong.
+            time.sleep(0.01)
+        train = self._config.train
+        batch, count = loop.put_batch(self._config, mesh, self._rows[step], train.batch_size)
+        schedules = loop.schedules_at(self._config, step, step * train.batch_size * train.seq_len)
+        return batch, count, schedules
 
 
-def train(config, step_function, state, text, first: int, steps: int, deadline: float, save):
+def train(config, program, state, inputs, first: int, steps: int, deadline: float, save):
     """Trains `steps` steps from step `first`, or until the time is over; saves now and then.
 
-    Returns the state.
+    Returns the state, and what `save` returned.
     """
     metrics, rows = [], []
     run: dict[str, Any] = {"tokens_a_step": config.train.batch_size * config.train.seq_len, "first": first}
@@ -100,11 +101,11 @@ def train(config, step_function, state, text, first: int, steps: int, deadline: 
     def collect():
         rows.extend([float(x) for x in row] for row in metrics[len(rows) :])
         run.update(losses=rows, seconds=time.monotonic() - started)
-        save(run)
+        return save(run)
 
     started = time.monotonic()
     for step in range(first, min(first + steps, config.train.steps)):
-        state, found = step_function(state, *text[step])
+        state, found = program(state, *inputs(step))
         metrics.append((found.losses.ce_loss, found.max_vio.mean(), found.grad_norm))
         if len(metrics) > AHEAD:
             metrics[-AHEAD][0].block_until_ready()
@@ -112,8 +113,7 @@ def train(config, step_function, state, text, first: int, steps: int, deadline: 
             break
         if len(metrics) % SAVED == 0:
             collect()
-    collect()
-    return state
+    return state, collect()
 
 
 def smoothed(losses):
@@ -187,14 +187,8 @@ def main() -> None:
     arguments, overrides = parser.parse_known_args()
     deadline = time.monotonic() + arguments.seconds
 
-    import jax
-    import jax.numpy as jnp
-
     import train as trainer
     from benchmarks import timing
-    from dsv3_jax.parallel.mesh import make_mesh
-    from dsv3_jax.training.state import abstract_state, init_state
-    from dsv3_jax.training.step import make_train_step
 
     configs, limits = {}, {}
     for variant in arguments.variants.split(","):
@@ -203,9 +197,7 @@ def main() -> None:
             limits[name] = int(steps)
         fields = [f"--config.{field}" for field in VARIANTS[name]]
         configs[name], _ = trainer.parse([f"--config={arguments.config}", *overrides, *fields])
-    first = next(iter(configs.values()))
-    mesh = make_mesh(first.mesh)
-    text = Text(first, mesh)
+    text = Text(next(iter(configs.values())))
     runs = json.loads(Path(arguments.add).read_text())["runs"] if arguments.add else {}
     about = {
         "config": arguments.config,
@@ -215,43 +207,79 @@ def main() -> None:
         "passes_over_the_text": text.passes,
         "shared": arguments.shared,
     }
+    lock = threading.Lock()
 
     def save(name, run):
-        runs[name] = run
-        Path(arguments.out).write_text(json.dumps(about | {"summary": compare(runs), "runs": runs}) + "\n")
+        with lock:
+            runs[name] = run | {"losses": list(run["losses"])}
+            summary = compare(runs)
+            Path(arguments.out).write_text(json.dumps(about | {"summary": summary, "runs": runs}) + "\n")
+        return summary.get(name)
 
-    def compiled(config):
-        started = time.monotonic()
-        if started > deadline:
-            return None, 0.0
-        step: Any = make_train_step(config, mesh)
-        program = step.lower(abstract_state(config, mesh), *text[0]).compile()
-        return program, time.monotonic() - started
-
-    start = None
-    with ThreadPoolExecutor(1) as pool:
-        programs = {name: pool.submit(compiled, config) for name, config in configs.items()}
-        for index, (name, config) in enumerate(configs.items()):
-            program, seconds = programs[name].result()
-            text.wait()
-            left = deadline - time.monotonic()
-            print(f"{name}: compiled in {seconds:.0f} s, {left:.0f} s left", flush=True)
-            if program is None or left <= 0:
-                continue
-            if start is None:  # Of the first variant.
-                start = init_state(config, mesh)
-                if arguments.shared:
-                    until = 0, arguments.shared, deadline
-                    start = train(config, program, start, text, *until, lambda run: save("shared", run))
-            steps, until = config.train.steps, deadline
-            if name in limits:  # The others after it get as much of what is left.
-                steps, until = limits[name], time.monotonic() + left / (len(configs) - index)
-            own = jax.tree.map(jnp.copy, start)  # The step overwrites what it is given.
-            where = arguments.shared, steps, until
-            train(config, program, own, text, *where, lambda run, name=name: save(name, run))
-            print(name, json.dumps(compare(runs).get(name)), flush=True)
+    run_all(configs, limits, text, arguments.shared, deadline, save)
     if arguments.plot:
         plot(runs, arguments.plot)
+
+
+def run_all(configs: dict, limits: dict, text: Text, shared: int, deadline: float, save) -> None:
+    """Trains every variant from one state: the first one's, `shared` steps old."""
+    import jax
+    import jax.numpy as jnp
+
+    from dsv3_jax.parallel.mesh import make_mesh
+    from dsv3_jax.training.state import abstract_state, init_state
+    from dsv3_jax.training.step import make_train_step
+
+    devices = jax.devices()
+    meshes = {
+        name: make_mesh(config.mesh, [devices[i % len(devices)]])
+        for i, (name, config) in enumerate(configs.items())
+    }
+
+    def inputs(name):
+        return lambda step: text.inputs(meshes[name], step)
+
+    def compiled(name):
+        started = time.monotonic()
+        if started > deadline:
+            return None
+        mesh = meshes[name]
+        step: Any = make_train_step(configs[name], mesh)
+        with jax.default_device(mesh.devices.flat[0]):
+            program = step.lower(abstract_state(configs[name], mesh), *inputs(name)(0)).compile()
+        print(f"{name}: compiled in {time.monotonic() - started:.0f} s", flush=True)
+        return program
+
+    def turn(names, start):
+        """The variants of one device, one after another."""
+        for index, name in enumerate(names):
+            program, left = programs[name].result(), deadline - time.monotonic()
+            if program is None or left <= 0:
+                continue
+            config, mesh = configs[name], meshes[name]
+            steps, until = config.train.steps, deadline
+            if name in limits:  # The others after it get as much of what is left.
+                steps, until = limits[name], time.monotonic() + left / (len(names) - index)
+            with jax.default_device(mesh.devices.flat[0]):
+                # A copy, since the step overwrites what it is given.
+                places = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
+                state = jax.device_put(jax.tree.map(jnp.copy, start), places)
+                keep = functools.partial(save, name)
+                _, found = train(config, program, state, inputs(name), shared, steps, until, keep)
+            print(name, json.dumps(found), flush=True)
+
+    first = next(iter(configs))
+    with ThreadPoolExecutor(len(devices)) as compiling, ThreadPoolExecutor(len(devices)) as running:
+        programs = {name: compiling.submit(compiled, name) for name in configs}
+        program = programs[first].result()
+        start = init_state(configs[first], meshes[first])
+        if shared and program is not None:
+            until = 0, shared, deadline, functools.partial(save, "shared")
+            start, _ = train(configs[first], program, start, inputs(first), *until)
+        names = list(configs)
+        queues = [names[i :: len(devices)] for i in range(len(devices))]
+        for job in [running.submit(turn, queue, start) for queue in queues]:
+            job.result()
 
 
 if __name__ == "__main__":
