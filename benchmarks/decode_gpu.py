@@ -10,7 +10,8 @@ forward in float32.
 The floor of a step is its bytes over the rate of a device-to-device copy, measured in the same run: the
 weights that the batch touches (of the experts, those that so many uniform choices hit) and the cache in use.
 `--profile` lists the kernels of a step. `--peer` runs `benchmarks/decode_gpu_peer.py` (transformers) beside:
-both compile at once, and measure one after the other. `--unchecked` leaves the check out.
+both compile at once, and measure one after the other; on the next GPU where there is one, else without
+batches for whose cache there is no room beside ours. `--unchecked` leaves the check out.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import json
+import os
 import pathlib
 import statistics
 import subprocess
@@ -203,9 +205,16 @@ class Peer:
         self._folder = pathlib.Path(tempfile.mkdtemp())
         self._go, self._out = self._folder / "go", self._folder / "out.json"
         script = str(pathlib.Path(__file__).with_name("decode_gpu_peer.py"))
-        sizes = [str(batch) for batch in batches if batch <= 32]  # Its cache of 128 texts is 64 GB.
+        other = len(jax.devices()) > 1
+        environment = dict(os.environ)
+        if other:
+            seen = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")
+            environment["CUDA_VISIBLE_DEVICES"] = seen[1]
+        # Its cache of 128 texts is 64 GB.
+        sizes = [str(batch) for batch in batches if other or batch <= 32]
         command = [sys.executable, script, "--batch", *sizes, "--context", str(context)]
-        self._process = subprocess.Popen([*command, "--out", str(self._out), "--wait", str(self._go)])
+        command += ["--out", str(self._out), "--wait", str(self._go)]
+        self._process = subprocess.Popen(command, env=environment)
 
     def ready(self) -> None:
         """Waits until it has compiled, or has failed."""

@@ -97,8 +97,12 @@ def main() -> None:
         return torch.randint(0, vocab, (batch, arguments.context), device="cuda")
 
     static = {batch: batch == 1 for batch in arguments.batch}
-    for batch in arguments.batch:
-        generate(model, prompts(batch), static[batch])
+    for batch in list(arguments.batch):
+        try:
+            generate(model, prompts(batch), static[batch])
+        except torch.OutOfMemoryError as error:
+            print(f"batch {batch}: {error}", flush=True)
+            arguments.batch.remove(batch)
         print(f"batch {batch} warm ({time.perf_counter() - began:.0f} s)", flush=True)
     if arguments.wait:
         pathlib.Path(arguments.wait + ".ready").touch()

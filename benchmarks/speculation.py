@@ -4,11 +4,17 @@
     python benchmarks/speculation.py --checkpoint runs/proxy [--drafts 1] [--temperature 0 0.6] [--out FILE]
 
 The model is that of a work directory of train.py, or one that is trained here for `train.steps` steps and not
-kept. Both ways continue the same prompts in turns, in one loop on the device; prefill is not counted. At
-temperature 0 the texts are the same but for ties within the rounding of bf16, after which all may differ.
+kept. Both ways continue the same prompts in turns, in one loop on the device; prefill is not counted.
+
+At temperature 0 the texts are the same but for ties within the rounding of bf16, after which all may differ.
+To tell ties from a fault, all logits of plain decoding's texts are computed again: by the forward in float32,
+decoding one token at a time, and two. Two at a time should be no further from float32 than one, and where
+texts part the two tokens should differ by less than that error.
 """
 
 import argparse
+import dataclasses
+import functools
 import json
 import pathlib
 import statistics
@@ -21,10 +27,14 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dsv3_jax.config import Config, ModelConfig
 from dsv3_jax.data import Loader, Tokenizer, load_tokenizer
-from dsv3_jax.generation import Generator, SamplingParams, folders
+from dsv3_jax.generation import Generator, SamplingParams, folders, forward
+from dsv3_jax.generation.cache import init_cache
+from dsv3_jax.generation.prefill import prefill
+from dsv3_jax.model import Transformer
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.training import loop
 from dsv3_jax.training.state import init_state
@@ -70,7 +80,7 @@ def compare(
     with ThreadPoolExecutor(2) as pool:  # Both compile at once.
         list(pool.map(lambda way: way.generate([PROMPTS[0]], params), ways.values()))
     rates: dict[str, list[float]] = {name: [] for name in ways}
-    texts: dict[str, list[str]] = {name: [] for name in ways}
+    texts: dict[str, list[list[int]]] = {name: [] for name in ways}
     before = list(ways["speculative"].statistics.accepted), ways["speculative"].statistics.steps
     for _ in range(rounds):
         for prompt in PROMPTS:
@@ -78,7 +88,7 @@ def compare(
                 start = way.statistics.seconds
                 (made,) = way.generate([prompt], params)
                 rates[name].append((len(made.tokens) - 1) / (way.statistics.seconds - start))
-                texts[name].append(made.text)
+                texts[name].append(made.tokens)
     after = ways["speculative"].statistics
     steps = after.steps - before[1]
     accepted = [(new - old) / steps for new, old in zip(after.accepted, before[0], strict=True)]
@@ -92,7 +102,91 @@ def compare(
         "same_texts": statistics.mean(a == b for a, b in zip(*texts.values(), strict=True)),
         "new_tokens": params.max_new_tokens,
     }
-    return row, texts["speculative"][0]
+    if not params.temperature:  # Rounds repeat the texts.
+        of_each = [found[: len(PROMPTS)] for found in texts.values()]
+        row["against_float32"], row["partings"] = partings(model, variables, ways["plain"], of_each)
+    return row, tokenizer.decode(texts["speculative"][0])
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _forward(variables, tokens, config):
+    out = Transformer(config).apply(variables, tokens)
+    return jnp.matmul(out.hidden[0], out.head, precision="highest")
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
+def _decode(weights, cache, tokens, config):
+    hidden, cache = forward.decode(weights, cache, tokens, jnp.ones(1, bool), config)
+    cache = dataclasses.replace(cache, lengths=cache.lengths + tokens.shape[1])
+    return forward.head(weights, hidden[0]), cache
+
+
+def logits_of(model: ModelConfig, variables: Any, way: Generator, text: list[int], read: int) -> dict:
+    """Logits [len(text) - read, vocab] from the token `read` on: the forward's, and those of decoding `text`.
+
+    Decoding two tokens at a time gives those of every token once as the first and once as the second.
+    """
+    exact = dataclasses.replace(
+        model,
+        attention=dataclasses.replace(model.attention, implementation="reference"),
+        moe=dataclasses.replace(model.moe, implementation="reference"),
+    )
+    tokens = np.asarray(text, np.int32)[None]
+    found = {}
+    with jax.default_matmul_precision("highest"):
+        found["float32"] = np.asarray(_forward(variables, tokens, exact))[read:]
+    shape = len(text) - read, model.vocab_size
+    names = "one", "first of two", "second of two"
+    found |= {name: np.full(shape, np.nan, np.float32) for name in names}
+    for width, start in ((1, read), (2, read), (2, read + 1)):
+        cache = init_cache(model, 1, len(text), way.cache_dtype)
+        lengths = np.array([start], np.int32)
+        cache, _ = prefill(way.weights, cache, tokens[:, :start], lengths, model, chunk=way.chunk, drafts=0)
+        for at in range(start, len(text) - width + 1, width):
+            logits, cache = _decode(way.weights, cache, tokens[:, at : at + width], model)
+            for i, name in enumerate(names[:1] if width == 1 else names[1:]):
+                found[name][at + i - read] = logits[i]
+    return found
+
+
+def partings(
+    model: ModelConfig, variables: Any, way: Generator, texts: list[list[list[int]]]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(errors of the logits of all tokens, where two texts of a prompt part): both against float32.
+
+    `texts` are those of plain decoding and of speculation, by prompt.
+    """
+    errors: dict[str, list[float]] = {}
+    missed: dict[str, list[float]] = {}
+    places = []
+    for prompt, plain, other in zip(PROMPTS, *texts, strict=True):
+        start = way.encode(prompt).tolist()
+        logits = logits_of(model, variables, way, [*start, *plain], len(start) - 1)
+        true = logits["float32"]
+        for name, found in logits.items():
+            if name != "float32":
+                known = np.isfinite(found[:, 0])
+                errors.setdefault(name, []).extend(abs(found - true)[known].max(-1))
+                chosen = found[known].argmax(-1)
+                gap = true[known].max(-1) - np.take_along_axis(true[known], chosen[:, None], -1)[:, 0]
+                missed.setdefault(name, []).extend(gap[gap > 0])
+        if plain != other:
+            n = next(i for i, (a, b) in enumerate(zip(plain, other, strict=True)) if a != b)
+            ranks = np.argsort(np.argsort(-true[n]))
+            of = {name: float(x[n, plain[n]] - x[n, other[n]]) for name, x in logits.items()}
+            place = {"prompt": prompt, "new_token": n, "ranks": [int(ranks[t[n]]) for t in (plain, other)]}
+            places.append(place | {"plain_less_speculative": of})
+    summary = {
+        name: {
+            "logits": len(found),
+            "median_error": float(np.median(found)),
+            "largest_error": float(max(found)),
+            "other_choices": len(missed[name]),
+            "largest_gap_of_these": float(max(missed[name], default=0.0)),
+        }
+        for name, found in errors.items()
+    }
+    return summary, places
 
 
 def main() -> None:
