@@ -9,7 +9,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.mla_attention import mosaic_gpu_common as common
 
 THREADS = 128
-_MANY = 1024  # programs keep the GPU busy
+_MANY = 256  # programs of a whole row are better than four times as many
 
 
 def combine(parts, lses, bounds, *, call):
@@ -27,7 +27,7 @@ def combine(parts, lses, bounds, *, call):
     """
     # Few sequences have many parts each, of which many are read at a time; many need no finer division.
     parts_each = 1 + call.groups / call.batch
-    together = next((n for n in (4, 8) if parts_each <= n), 16)
+    together = next((n for n in (4, 8, 16) if parts_each <= n), 32)
     each = next(n for n in (4, 2, 1) if call.rank % (n * THREADS) == 0)  # Columns of a thread.
     each = each if call.batch * call.rows >= _MANY else 1
     width, layout = each * THREADS, plgpu.Layout.WG_STRIDED((each * THREADS,), each)

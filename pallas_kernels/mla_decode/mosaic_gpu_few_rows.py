@@ -21,7 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mla_attention import mosaic_gpu_common as common
 from pallas_kernels.mla_attention.mosaic_gpu_common import WARPGROUPS, arrive, sync, tiled
-from pallas_kernels.mla_decode import mosaic_gpu_registers as registers
+from pallas_kernels.mla_decode import mosaic_gpu_queries
 from pallas_kernels.mla_decode import mosaic_gpu_shares as shares
 from pallas_kernels.mla_decode.mosaic_gpu_few_rows_compute import (
     ALL_ROWS,
@@ -69,7 +69,7 @@ def split(q, c_kv, k_rope, c_kv_scale, k_rope_scale, lengths, table, *, call):
     codes = None if c_kv_scale is None else c_kv.dtype
     q_factor = None
     if codes is not None:
-        q, q_factor = _half(q)
+        q, q_factor = mosaic_gpu_queries.to_half(q)
         c_kv, k_rope = (lax.bitcast_convert_type(x, jnp.int8) for x in (c_kv, k_rope))
 
     def kernel(*refs):
@@ -104,16 +104,6 @@ def split(q, c_kv, k_rope, c_kv_scale, k_rope_scale, lengths, table, *, call):
     name = "mla_decode_few_rows" if codes is None else "mla_decode_codes"
     run = common.launch(kernel, name, call.groups * call.tiles, out_type, scratch)
     return run(q, q_factor, c_kv, k_rope, c_kv_scale, k_rope_scale, lengths, table)
-
-
-def _half(q):
-    """Queries in float16, in the order of columns of converted codes, and each row's factor."""
-    q = q.astype(jnp.float32)
-    largest = lax.bitcast_convert_type(jnp.max(jnp.abs(q), -1), jnp.int32)
-    power = lax.bitcast_convert_type(largest & 0x7F800000, jnp.float32)  # of 2, at most the largest
-    factor = jnp.clip(power, 2.0**-100, 2.0**100) * 2.0**-10
-    q = registers.column_order((q / factor[..., None]).astype(jnp.float16))
-    return q, factor
 
 
 def _scratch(call, codes) -> Shared:

@@ -99,7 +99,7 @@ _TO_HALF = {
 def convert(codes, values, dtype):
     """Codes `[64, width]` as float16 operands `[64, 64]` in registers, a tuple of width / 64 of them.
 
-    Row r of an operand is entry `entry_of_row(r)`; its columns are in the order of `column_order`.
+    Row r of an operand is entry `entry_of_row(r)`; of each 64 columns, pair 8 a + b lies at 4 b + a.
 
     Args:
       codes: bytes in shared memory, of width 128, or 64 without a layout of its own.
@@ -149,12 +149,6 @@ def convert(codes, values, dtype):
         return tuple(made)
 
     return run(*refs)
-
-
-def column_order(array):
-    """The last axis, a multiple of 64, in the order of columns that `convert` leaves."""
-    parts = array.reshape(*array.shape[:-1], -1, 4, 8, 2)
-    return jnp.swapaxes(parts, -3, -2).reshape(array.shape)
 
 
 def per_entry(ref):

@@ -1,5 +1,6 @@
 """The Hopper kernels of `mla_decode`: how work is shared out and lowering here, numbers on a card."""
 
+import contextlib
 import functools
 import types
 
@@ -64,6 +65,86 @@ def warp(monkeypatch):
     )
     monkeypatch.setattr(shares, "pl", loop)
     return shares
+
+
+@pytest.fixture
+def queries(monkeypatch):
+    """`to_half` of one warp on plain numbers: rows in bf16 to rows in float16, and factors."""
+    from pallas_kernels.mla_decode import mosaic_gpu_queries as module
+
+    lanes = np.arange(32)
+
+    def ptx(text, *operands, **_):
+        if text.startswith("redux"):
+            return np.full(32, operands[0].max())
+        high, low = (x.astype(np.float16).view(np.uint16).astype(np.uint32) for x in operands)
+        return high << 16 | low
+
+    u32 = functools.partial(np.asarray, dtype=np.uint32)
+    arithmetic = types.SimpleNamespace(
+        CmpIPredicate=Arith.CmpIPredicate,
+        addi=lambda x, y: u32(x) + u32(y),
+        subi=lambda x, y: u32(x) - u32(y),
+        muli=lambda x, y: u32(x) * u32(y),
+        divui=lambda x, y: u32(x) // u32(y),
+        remui=lambda x, y: u32(x) % u32(y),
+        andi=lambda x, y: u32(x) & u32(y),
+        shli=lambda x, y: u32(x) << u32(y),
+        shrui=lambda x, y: u32(x) >> u32(y),
+        maxui=np.maximum,
+        minsi=np.minimum,
+        maxsi=np.maximum,
+        mulf=np.multiply,
+        cmpi=lambda predicate, x, y: predicate(x, y),
+        bitcast=lambda kind, x: u32(x).view(kind),
+        constant=lambda _, value: np.full(32, value & 0xFFFFFFFF, np.uint32),
+    )
+    utils = types.SimpleNamespace(
+        thread_idx=lambda: lanes,
+        memref_ptr=lambda ref: ref,
+        getelementptr=lambda ref, offsets, _: (ref, offsets[0] // 4),
+        inline_ptx=ptx,
+        when=lambda condition: contextlib.nullcontext(),
+    )
+    integers = types.SimpleNamespace(get_signless=lambda _: np.uint32)
+    kinds = types.SimpleNamespace(get=lambda: np.float32)
+    memory = types.SimpleNamespace(
+        load=lambda _, place: place[0][place[1]], store=lambda value, place: np.put(place[0], place[1], value)
+    )
+    for name, stand_in in {
+        "arith": arithmetic,
+        "llvm": memory,
+        "mgpu": types.SimpleNamespace(utils=utils),
+        "ir": types.SimpleNamespace(
+            IntegerType=integers, F32Type=kinds, IntegerAttr=types.SimpleNamespace(get=lambda _, value: value)
+        ),
+    }.items():
+        monkeypatch.setattr(module, name, stand_in)
+
+    def run(q):
+        words = np.asarray(q).view(np.uint32)
+        half, factor = np.zeros_like(words), np.zeros(len(q), np.uint32)
+        for row in range(0, len(q), 4):  # Of the four warps of a program the first is run.
+            module._row_of_warp(q.shape[1], words.ravel(), half.ravel(), factor, np.full(32, row // 4))
+        return half.view(np.float16)[::4], factor.view(np.float32)[::4]
+
+    return run
+
+
+def test_queries_in_half_precision(queries):
+    """Against the definition: largest numbers from 2^10 to 2^11 of a factor that is a power of 2."""
+    rng = np.random.default_rng(0)
+    q = rng.standard_normal((24, 192)) * 2.0 ** np.asarray([[-120], [-30], [0], [5], [100], [0]]).repeat(4, 0)
+    q[20:] = 0
+    sign = (-1) ** (np.arange(24)[:, None] // 4)  # of the largest number
+    q *= np.where(q * sign < 0, 1 / 64, 1)
+    q = np.asarray(jnp.asarray(q, jnp.bfloat16))
+    half, factor = queries(q)
+    q = q[::4].astype(np.float64)
+    power = 2.0 ** np.floor(np.log2(np.maximum(np.abs(q).max(1), 2.0**-130)))
+    np.testing.assert_array_equal(factor, np.clip(power, 2.0**-100, 2.0**100) / 1024)
+    want = (q / factor[:, None]).astype(np.float16).reshape(-1, 3, 4, 8, 2).swapaxes(2, 3)
+    np.testing.assert_array_equal(half, want.reshape(half.shape))
 
 
 CAPACITY = 10**6
@@ -148,8 +229,8 @@ def lower(f, operands):
     ids=str,
 )
 def test_lowers_for_hopper(shape):
-    """Two kernels, layouts and shared memory checked by the compiler's front end."""
-    assert lower(*trace(shape)).count("@mosaic_gpu_v2(") == 2
+    """Two kernels, and one for queries beside codes: layouts and shared memory checked by the front end."""
+    assert lower(*trace(shape)).count("@mosaic_gpu_v2(") == 2 + shape.quantised
 
 
 @lowers
