@@ -197,7 +197,7 @@ class MeshConfig:
     expert: int = 1  # Each holds its part of the experts; the batch is split over data x expert.
     # Over `data`: "replicated", "zero1" (optimizer state split, and experts) or "fsdp" (all parameters too).
     sharding: str = "replicated"
-    # How tokens reach experts on other devices: "dense", "ragged" or "gather" (`parallel.transport`).
+    # How tokens reach experts elsewhere: "dense", "ragged", "remote" or "gather" (`parallel.transport`).
     transport: str = "auto"
     # Ranks of `expert` in a node: a token travels to a node once and is handed on there. 1: straight to each
     # rank; 0: as the devices say.

@@ -86,7 +86,7 @@ _CHOICES = {
     "fp8.attention_output": ("fp8", "e5m6", "bf16"),
     "fp8.swiglu_input": ("fp8", "bf16"),
     "mesh.sharding": ("replicated", "zero1", "fsdp"),
-    "mesh.transport": ("auto", "dense", "ragged", "gather"),
+    "mesh.transport": ("auto", "dense", "ragged", "remote", "gather"),
 }
 
 _MINIMUM = {

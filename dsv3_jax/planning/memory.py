@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from dsv3_jax.config import Config
 from dsv3_jax.parallel.exchange import capacity
-from dsv3_jax.parallel.transport import Wire, choose
+from dsv3_jax.parallel.transport import IN_USE, Wire, choose
 from dsv3_jax.planning import flops
 from dsv3_jax.planning.hardware import Topology
 from dsv3_jax.planning.residuals import kept_for_backward, wide
@@ -71,8 +71,8 @@ def expert_rows(config: Config, split: Split, platform: str) -> Rows:
         return capacity(int(tokens), moe.top_k, moe.n_experts, wire(slack), groups)
 
     buffers = room(config.mesh.dispatch_slack)
-    # A dense exchange moves whole buffers, a ragged one what is in use.
-    moved = room(1.0) if transport == "ragged" else buffers
+    # A dense exchange moves whole buffers, others what is in use.
+    moved = room(1.0) if transport in IN_USE else buffers
     hops, ranks = wire(1.0).hops, split.expert
     if len(hops) == 1:
         return Rows(ranks * buffers.slots, ranks * buffers.copies, (ranks - 1) * moved.slots)

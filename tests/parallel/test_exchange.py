@@ -7,6 +7,7 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
 
 from dsv3_jax.config import FP8Config, MeshConfig, ModelConfig, MoEConfig
@@ -14,6 +15,7 @@ from dsv3_jax.model import experts
 from dsv3_jax.model.moe import MoE
 from dsv3_jax.parallel import exchange, transport
 from dsv3_jax.parallel.mesh import current_mesh, make_mesh, use_mesh
+from pallas_kernels import target_platform
 
 BATCH, SEQ, TOP_K, EXPERTS, D, F = 8, 6, 3, 16, 8, 4
 
@@ -181,6 +183,35 @@ def test_every_token_travels_once_to_each_node_and_rank_of_its_experts(slack, no
     assert count >= -(-pairs.max() // room.slots) and (hot < 1 or count > 1)
 
 
+def there_and_back(name):
+    """(indices, x) -> what arrives by two hops, zero in slots that are not in use, and its sums at home."""
+    wire = transport.Wire("expert", RANKS, name, 9.0, node=2)
+    room = exchange.capacity(TOKENS, TOP_K, EXPERTS, wire)
+
+    def on_rank(indices, x):
+        when = exchange.rounds(indices, EXPERTS, wire, room)
+        to = exchange.exchange(indices, EXPERTS, wire, room, when, 0)
+        arrived, last = to.send(x), to.hops[-1]
+        used = (jnp.arange(last.token.shape[1]) < last.received[:, None]).reshape(-1, 1)
+        return jnp.where(used, arrived, 0), to.home(arrived), to.group_sizes
+
+    mesh, each = make_mesh(MeshConfig(data=1, expert=RANKS)), P("expert")
+    return jax.jit(jax.shard_map(on_rank, mesh=mesh, in_specs=each, out_specs=each, check_vma=False))
+
+
+def test_a_remote_copy_moves_what_a_dense_exchange_does():
+    """The kernel for TPU, interpreted: to the bit, on loads that leave ranks and slots empty."""
+    x = np.random.default_rng(1).standard_normal((RANKS * TOKENS, 4)).astype(np.float32)
+    loads = {name: load.reshape(-1, TOP_K) for name, load in LOADS.items()}
+    with target_platform("tpu"), pltpu.force_tpu_interpret_mode():
+        remote = there_and_back("remote")
+        ours = {name: jax.device_get(remote(load, x)) for name, load in loads.items()}
+    dense = there_and_back("dense")
+    for name, load in loads.items():
+        for a, b in zip(ours[name], dense(load, x), strict=True):
+            np.testing.assert_array_equal(a, b, err_msg=name)
+
+
 def test_who_exchanges_with_whom():
     """Between nodes the ranks with the same place; within a node all; one hop where there is one node."""
     wire = transport.Wire("expert", 8, "dense", 1.0, node=4)
@@ -242,6 +273,11 @@ def test_the_transport_of_each_platform():
         "ragged",
     ]
     assert transport.choose("gather", "tpu") == "gather"
+    for name in ("ragged", "remote"):
+        with pytest.raises(
+            ValueError, match=f"mesh.transport = '{name}': does not exist on CPU; take 'dense'"
+        ):
+            results(LOADS["spread"], 1, 8, transport=name)
 
 
 def test_nothing_orders_the_shared_experts_after_the_exchange():
