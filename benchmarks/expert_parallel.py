@@ -5,8 +5,9 @@
 Runs are processes of their own, and the results are written after each. First these, one after the other:
 
     differences             the experts over all GPUs against one GPU, bf16 and FP8, balanced and skewed
-    bandwidth               dispatch and combine of 32k tokens x 7168 a GPU (top 8 of 256) beside a dense
-                            all-to-all of the same buffer
+    bandwidth               dispatch and combine of 32k tokens x 7168 a GPU (top 8 of 256), by each transport,
+                            beside a dense all-to-all of the same buffer
+    copies                  the kernel of `remote` alone, on the same tokens, its work divided in several ways
 
 then training, compiled side by side and run one after the other:
 
@@ -35,7 +36,6 @@ sys.path.insert(0, str(ROOT))
 # Collectives run beside computation only if the scheduler is asked for it.
 FLAGS = "--xla_gpu_enable_latency_hiding_scheduler=true"
 BLOCK = 5  # Steps that are timed together.
-TOKENS, WIDTH, EXPERTS, TOP_K = 32768, 7168, 256, 8
 
 
 def differences(tokens: int = 512, d: int = 1024, f: int = 256) -> dict[str, float]:
@@ -81,91 +81,6 @@ def differences(tokens: int = 512, d: int = 1024, f: int = 256) -> dict[str, flo
     # bf16 sums in another order: 2^-9 each. In FP8 tokens share tiles with others, which rounds them anew, by
     # 0.026 an operand.
     assert all(x < (6e-2 if name.startswith("fp8") else 6e-3) for name, x in found.items()), found
-    return found
-
-
-def bandwidths(tokens: int, width: int) -> dict[str, dict[str, float]]:
-    """GB/s a GPU and milliseconds of a dense all-to-all, and of dispatch and combine by each transport."""
-    from benchmarks import timing  # Before JAX allocates.
-
-    # isort: split
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-    from jax import lax
-    from jax.sharding import Mesh, NamedSharding
-    from jax.sharding import PartitionSpec as P
-
-    from dsv3_jax.parallel.exchange import capacity, exchange, rounds
-    from dsv3_jax.parallel.transport import Wire
-
-    n = len(jax.devices())
-    mesh = Mesh(np.array(jax.devices()), ("expert",))
-    rng = np.random.default_rng(1)
-    indices = np.argpartition(rng.random((n * tokens, EXPERTS), np.float32), TOP_K, axis=1)[:, :TOP_K]
-    apart = indices // (EXPERTS // n) != np.repeat(np.arange(n), tokens)[:, None]
-    rank = np.where(apart, indices // (EXPERTS // n), -1)
-    # Tokens that leave a GPU, counted for each peer.
-    crossing = float(sum((rank == r).any(1).sum() for r in range(n))) / n
-    place = NamedSharding(mesh, P("expert"))
-    indices = jax.device_put(indices.astype(np.int32), place)
-    x = jax.jit(
-        lambda: jax.random.normal(jax.random.key(0), (n * tokens, width), jnp.bfloat16), out_shardings=place
-    )()
-
-    def seconds(function, *operands):
-        call = jax.jit(
-            jax.shard_map(function, mesh=mesh, in_specs=P("expert"), out_specs=P("expert"), check_vma=False)
-        )
-        out = jax.block_until_ready(call(*operands))
-        times = []
-        for _ in range(7):
-            started = time.perf_counter()
-            jax.block_until_ready([call(*operands) for _ in range(10)][-1])
-            times.append((time.perf_counter() - started) / 10)
-        return statistics.median(times), out, call
-
-    def there_and_back(to, x):
-        return to.home(to.send(x))
-
-    found = {}
-
-    def note(name, crossed, elapsed):
-        found[name] = {"ms": round(1e3 * elapsed, 3), "gb_per_s": round(crossed / elapsed / 1e9, 1)}
-        print(name, found[name], flush=True)
-
-    row = 2 * width
-    for transport in ("dense", "ragged") if jax.default_backend() == "gpu" else ("dense", "gather"):
-        wire = Wire("expert", n, transport, 1.25)
-        room = capacity(tokens, TOP_K, EXPERTS, wire)
-
-        def route(i, wire=wire, room=room):
-            return exchange(i, EXPERTS, wire, room, rounds(i, EXPERTS, wire, room), 0)
-
-        if transport == "dense":
-            buffer = jnp.zeros((n * n * room.slots, width), jnp.bfloat16, device=place)
-            shape = (n, room.slots, width)
-            whole = (n - 1) * room.slots * row
-            elapsed, *_ = seconds(
-                lambda b, s=shape: lax.all_to_all(b.reshape(s), "expert", 0, 0).reshape(b.shape), buffer
-            )
-            note("dense all-to-all", whole, elapsed)
-        elapsed, to, _ = seconds(route, indices)
-        note(f"{transport}: plan", 0, elapsed)
-        elapsed, arrived, _ = seconds(lambda to, x: to.send(x), to, x)
-        note(f"{transport}: dispatch", crossing * row, elapsed)
-        elapsed, *_ = seconds(lambda to, a: to.home(a), to, arrived)
-        note(f"{transport}: combine", crossing * row, elapsed)
-        elapsed, *_ = seconds(there_and_back, to, x)
-        note(f"{transport}: dispatch and combine", 2 * crossing * row, elapsed)
-        elapsed, _, call = seconds(lambda i, x, route=route: there_and_back(route(i), x), indices, x)
-        note(f"{transport}: plan, dispatch and combine", 2 * crossing * row, elapsed)
-        if jax.default_backend() == "gpu":
-            alone = timing.kernels(lambda call=call: timing.wait(call(indices, x)))
-            print(*(f"  {name[:60]} {1e3 * elapsed:.3f} ms" for name, elapsed in alone), sep="\n", flush=True)
-    reference = found["dense all-to-all"]["gb_per_s"]
-    for values in found.values():
-        values["of_dense"] = round(values["gb_per_s"] / reference, 3)
     return found
 
 
@@ -244,12 +159,26 @@ def start(log: Path, *arguments: str, devices: int, flags: str) -> subprocess.Po
 def result(log: Path, why: str) -> dict:
     """What a process printed last that is JSON; what went wrong if there is nothing."""
     output = log.read_text()
-    print(*(line for line in output.splitlines() if line.startswith(("dense", "ragged", "  "))), sep="\n")
+    print(
+        *(line for line in output.splitlines() if line.startswith(("dense", "ragged", "remote", "  "))),
+        sep="\n",
+    )
     found = [line for line in output.splitlines() if line.startswith("{")]
     return json.loads(found[-1]) if found else {"failed": why, "output": output[-1500:]}
 
 
-PARTS = {"differences": lambda: differences(), "bandwidth": lambda: bandwidths(TOKENS, WIDTH)}
+def transports(part: str) -> dict:
+    """What `benchmarks.transports` measures, which imports JAX."""
+    from benchmarks import transports
+
+    return getattr(transports, part)()
+
+
+PARTS = {
+    "differences": differences,
+    "bandwidth": lambda: transports("bandwidths"),
+    "copies": lambda: transports("copies"),
+}
 
 
 def training_runs(count: int) -> dict[str, tuple[int, str, list[str]]]:
