@@ -61,11 +61,12 @@ def surroundings(config, workdir, place):
     from dsv3_jax import compilation_cache, data
     from dsv3_jax.config_checks import check_machine
     from dsv3_jax.config_reading import Problem
-    from dsv3_jax.parallel import distributed
+    from dsv3_jax.parallel import distributed, transport
 
     distributed.start(place)
     compilation_cache.use(Path.home() / ".cache" / "dsv3_jax" / "xla")
     found = data.check(config.data, config.model.vocab_size, config.train.seq_len)
+    found += transport.problems(config.mesh.transport, jax.devices())
     if config.train.init_from:
         from dsv3_jax.training import initial
 

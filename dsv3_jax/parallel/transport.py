@@ -14,6 +14,8 @@ dense, and ragged on TPU, whose compiler has it as an operation of its own.
 """
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -65,16 +67,26 @@ class Wire:
 
 
 def choose(transport: str, platform: str) -> str:
-    """The transport of a platform where "auto" is asked for.
+    """The transport of a platform where "auto" is asked for."""
+    if transport != "auto":
+        return transport
+    return "ragged" if platform == "tpu" else "dense"
 
-    Raises:
-      ValueError: the platform has no such transport.
-    """
-    if transport == "auto":
-        return "ragged" if platform == "tpu" else "dense"
+
+def problems(transport: str, devices: Sequence[Any]) -> list[tuple[str, str, str]]:
+    """Why these devices have no such transport, as (field, value, fix)."""
+
+    def several(where: str) -> bool:
+        return len({getattr(device, where, 0) for device in devices}) > 1
+
+    platform, why = devices[0].platform, None
     if transport in IN_USE and platform == "cpu":
-        raise ValueError(f"mesh.transport = '{transport}': does not exist on CPU; take 'dense', or 'gather'")
-    return transport
+        why = "does not exist on CPUs; take 'dense' or 'gather'"
+    elif transport == "remote" and platform == "gpu" and several("process_index"):
+        why = "copies between the GPUs of one process; take 'dense'"
+    elif transport == "remote" and platform == "tpu" and several("slice_index"):
+        why = "copies between the chips of one slice; take 'ragged'"
+    return [("mesh.transport", transport, why)] if why else []
 
 
 def move(

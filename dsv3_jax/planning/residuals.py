@@ -53,7 +53,8 @@ def kept_for_backward(config: Config, expert: int, platform: str) -> Kept:
     node = config.mesh.expert_node
     mesh = dataclasses.replace(
         MeshConfig(data=1, expert=expert, expert_node=node if node and expert % node == 0 else 1),
-        transport=config.mesh.transport,
+        # The same arrays are kept, whoever moves them; our kernel is not traced on every machine.
+        transport="ragged" if config.mesh.transport == "remote" else config.mesh.transport,
         dispatch_slack=config.mesh.dispatch_slack,
     )
     train = dataclasses.replace(type(config.train)(), seq_len=config.train.seq_len)

@@ -1,6 +1,7 @@
 """Expert parallelism: tokens over 8 devices and back, against the same products on one device."""
 
 import functools
+import types
 
 import jax
 import jax.extend
@@ -273,11 +274,27 @@ def test_the_transport_of_each_platform():
         "ragged",
     ]
     assert transport.choose("gather", "tpu") == "gather"
-    for name in ("ragged", "remote"):
-        with pytest.raises(
-            ValueError, match=f"mesh.transport = '{name}': does not exist on CPU; take 'dense'"
-        ):
-            results(LOADS["spread"], 1, 8, transport=name)
+    with pytest.raises(ValueError, match="mesh.transport = 'remote': take 'dense'"):
+        results(LOADS["spread"], 1, 8, transport="remote")
+
+
+@pytest.mark.parametrize(
+    ("name", "platform", "places", "fix"),
+    [
+        ("ragged", "cpu", (0, 0), "does not exist on CPUs; take 'dense' or 'gather'"),
+        ("remote", "cpu", (0, 0), "does not exist on CPUs; take 'dense' or 'gather'"),
+        ("remote", "gpu", (0, 1), "copies between the GPUs of one process; take 'dense'"),
+        ("remote", "tpu", (0, 1), "copies between the chips of one slice; take 'ragged'"),
+        ("remote", "gpu", (0, 0), None),
+        ("remote", "tpu", (0, 0), None),
+        ("ragged", "gpu", (0, 1), None),
+        ("dense", "cpu", (0, 1), None),
+    ],
+)
+def test_transports_that_the_devices_lack(name, platform, places, fix):
+    kind = types.SimpleNamespace
+    devices = [kind(platform=platform, process_index=place, slice_index=place) for place in places]
+    assert transport.problems(name, devices) == ([("mesh.transport", name, fix)] if fix else [])
 
 
 def test_nothing_orders_the_shared_experts_after_the_exchange():
