@@ -46,6 +46,7 @@ def run(name, config, mesh, step, rates, steps, raw) -> dict:
     import numpy as np
     import pipeline_profile
 
+    from benchmarks import profile_events
     from dsv3_jax.pipeline import build
 
     state, batch = random_state(config, mesh), random_batch(config, mesh)
@@ -76,7 +77,7 @@ def run(name, config, mesh, step, rates, steps, raw) -> dict:
         text = step.as_text()
         if raw:
             keep(raw, name, folder, text)
-        found = guarded(lambda: pipeline_profile.events(folder))
+        found = guarded(lambda: profile_events.events(folder))
     row["profile"] = guarded(lambda: pipeline_profile.overlap(found))
     if mesh.shape["expert"] > 1:
         row["schedule"] = guarded(lambda: pipeline_profile.between(text))

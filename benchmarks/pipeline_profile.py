@@ -2,52 +2,15 @@
 
 import re
 import statistics
-import warnings
+import sys
 from bisect import bisect_right
 from collections import defaultdict
 from pathlib import Path
-from typing import NamedTuple
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.profile_events import Event, between_starts_and_dones, merged, shared
 from dsv3_jax.pipeline import CellTimes, Schedule, Timeline, place, simulate
 from dsv3_jax.pipeline.simulator import simulate_in_step
-
-
-class Event(NamedTuple):
-    """An instruction that a device ran; a GPU's kernel, or its like on a CPU."""
-
-    device: int
-    start: float  # Milliseconds.
-    end: float
-    name: str
-    instruction: str  # Of the compiled program; "" where the profile does not say.
-
-
-def events(folder: str | Path) -> list[Event]:
-    """All of a profile, in order of time."""
-    from jax.profiler import ProfileData
-
-    found = []
-    for file in Path(folder).rglob("*.xplane.pb"):
-        for plane in ProfileData.from_file(str(file)).planes:
-            gpu = re.fullmatch(r"/device:GPU:(\d+)", plane.name)
-            if not gpu and plane.name != "/host:CPU":
-                continue
-            for line in plane.lines:
-                if gpu and not line.name.lower().startswith("stream"):
-                    continue
-                for event in line.events:
-                    with warnings.catch_warnings():
-                        warnings.simplefilter("ignore", DeprecationWarning)
-                        stats = dict(event.stats)
-                    instruction = str(stats.get("hlo_op", ""))
-                    if not gpu and not instruction:
-                        continue
-                    device = int(gpu.group(1)) if gpu else int(stats.get("device_ordinal", 0))
-                    start = event.start_ns / 1e6
-                    end = start + event.duration_ns / 1e6
-                    found.append(Event(device, start, end, event.name, instruction))
-    return sorted(found, key=lambda event: event.start)
-
 
 # ---------------------------------------------------------------- cells
 
@@ -231,50 +194,14 @@ def overlap(found: list[Event]) -> dict:
     return devices
 
 
-def merged(spans):
-    """Spans without overlap, in order."""
-    out = []
-    for start, end in sorted(spans):
-        if out and start <= out[-1][1]:
-            out[-1][1] = max(out[-1][1], end)
-        else:
-            out.append([start, end])
-    return out
-
-
-def shared(first, second):
-    """Lengths of what lies in both."""
-    i = j = 0
-    while i < len(first) and j < len(second):
-        start, end = max(first[i][0], second[j][0]), min(first[i][1], second[j][1])
-        if end > start:
-            yield end - start
-        if first[i][1] < second[j][1]:
-            i += 1
-        else:
-            j += 1
-
-
 def between(text: str) -> list[dict]:
     """For each asynchronous all-to-all: its direction, and what the compiler put inside it."""
-    pairs, open_starts = [], {}
-    for line in text.splitlines():
-        if re.match(r"^\S.*\{$", line):
-            open_starts = {}
-        match = re.match(r"\s+(?:ROOT )?%?(\S+) = (.*)", line)
-        if not match:
-            continue
-        name, rest = match.groups()
-        where = re.search(r'op_name="([^"]*)"', rest)
-        path = where.group(1) if where else ""
-        scope = "backward" if "backward" in path else "forward" if "forward" in path else "other"
-        if re.search(r"(all-to-all|async)-start\(", rest) and "all-to-all" in name + rest:
-            open_starts[name] = {"scope": scope, "inside": {"forward": 0, "backward": 0, "other": 0}}
-            continue
-        done = re.search(r"(?:all-to-all|async)-done\(.*?%?([\w.-]+)\)", rest)
-        if done and done.group(1) in open_starts:
-            pairs.append(open_starts.pop(done.group(1)))
-        elif re.search(r" (fusion|custom-call|dot|while)\(", rest):
-            for pair in open_starts.values():
-                pair["inside"][scope] += 1
-    return pairs
+    directions = "forward", "backward", "other"
+
+    def scope(path: str) -> str:
+        return "backward" if "backward" in path else "forward" if "forward" in path else "other"
+
+    return [
+        {"scope": found.label, "inside": {name: found.inside[name] for name in directions}}
+        for found in between_starts_and_dones(text, "all-to-all", scope)
+    ]

@@ -10,9 +10,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.sharding import NamedSharding, Sharding
 from jaxtyping import Array, Bool
+
+from dsv3_jax.training import visits
 
 Params = Any  # A nested dict of arrays: Flax's "params" collection.
 Shardings = Any  # A tree of `jax.sharding.Sharding`, one a parameter.
@@ -50,33 +51,50 @@ def make_update(decay: float, ema_shardings: Shardings) -> Update:
         def mix(average: Array, p: Array) -> Array:
             return jnp.where(finite, average + (1 - decay) * (p.astype(jnp.float32) - average), average)
 
-        def leaf(average: Array, p: Array, sharding: Sharding) -> Array:
-            return _on_host(mix, average, p, sharding) if sharding.memory_kind == HOST else mix(average, p)
-
+        leaves, places = jax.tree.leaves(ema), jax.tree.leaves(ema_shardings)
+        on_host = any(sharding.memory_kind == HOST for sharding in places)
+        visits_of = [_visits(leaf.shape, place) for leaf, place in zip(leaves, places, strict=True)]
         with jax.named_scope("ema"):
-            return jax.tree.map(leaf, ema, params, ema_shardings)
+            if not on_host:
+                return jax.tree.map(mix, ema, params)
+            return jax.tree.unflatten(
+                jax.tree.structure(ema), _visiting(mix, leaves, jax.tree.leaves(params), visits_of)
+            )
 
     return jax.jit(update, donate_argnums=0, out_shardings=ema_shardings)
 
 
-def _on_host(mix: Callable[[Array, Array], Array], average: Array, p: Array, sharding: Sharding) -> Array:
-    """`mix(average, p)` for an average in host memory, slice by slice along its first axis."""
-    on_device = sharding.with_memory_kind(DEVICE)
-    size = _slice_size(average.shape, sharding)
-    if not size:
-        return jax.device_put(mix(jax.device_put(average, on_device), p), sharding)
+def _visiting(
+    mix: Callable[[Array, Array], Array], averages: list[Array], params: list[Array], visits_of: list[int]
+) -> list[Array]:
+    """`mix` of every average, all in host memory, with its parameter."""
+    mixed: dict[int, Array] = {}
+    for count in sorted(set(visits_of)):
+        # Two lanes of about as many bytes.
+        lanes: tuple[list[int], list[int]] = [], []
+        for number in sorted(range(len(averages)), key=lambda number: -averages[number].size):
+            if visits_of[number] == count:
+                min(lanes, key=lambda lane: sum(averages[n].size for n in lane)).append(number)
+        lead, trail = lanes
 
-    def body(i: Array, average: Array) -> Array:
-        old = lax.dynamic_slice_in_dim(average, i * size, size)
-        new = mix(jax.device_put(old, on_device), lax.dynamic_slice_in_dim(p, i * size, size))
-        return lax.dynamic_update_slice_in_dim(average, jax.device_put(new, sharding), i * size, 0)
+        def some(i, lane, here, count=count):
+            return list(map(mix, here, visits.part([params[number] for number in lane], i, count)))
 
-    return lax.fori_loop(0, average.shape[0] // size, body, average)
+        found = visits.in_turns(
+            count,
+            [averages[number] for number in lead],
+            [averages[number] for number in trail],
+            None,
+            lambda i, _, here, lane=lead: some(i, lane, here),  # noqa: B023
+            lambda i, _, old, here, lane=trail: (some(i, lane, here), None),  # noqa: B023
+        )
+        mixed |= zip(lead + trail, found[0] + found[1], strict=True)
+    return [mixed[number] for number in range(len(averages))]
 
 
-def _slice_size(shape: tuple[int, ...], sharding: Sharding) -> int:
-    """Rows a slice: of stacked layers, one layer. 0: no slices, because devices share the first axis."""
+def _visits(shape: tuple[int, ...], sharding: Sharding) -> int:
+    """Parts in which an average visits: of stacked layers, one each. 1 where devices share the first axis."""
     spec = sharding.spec if isinstance(sharding, NamedSharding) else ()
     if not shape or (spec and spec[0] is not None):
-        return 0
-    return shape[0] // max(n for n in range(1, MAX_SLICES + 1) if shape[0] % n == 0)
+        return 1
+    return max(n for n in range(1, MAX_SLICES + 1) if shape[0] % n == 0)

@@ -7,17 +7,16 @@ of the moments and half the speed; on an H200 both take the same memory and time
 visit the device a layer at a time.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from dsv3_jax.config import OptimizerConfig
+from dsv3_jax.training import visits
 
 Params = Any  # A nested dict of fp32 arrays: Flax's "params" collection.
 
@@ -82,13 +81,16 @@ def adamw_update(
     correction2 = 1 - jnp.float32(config.b2) ** count
     dtype = jnp.dtype(config.moment_dtype)
 
-    def leaf(p: Array, g: Array, mu: Array, nu: Array, decays: bool) -> tuple[Array, Array, Array]:
-        g = g.astype(jnp.float32) * clip_scale
-        new_mu = config.b1 * mu.astype(jnp.float32) + (1 - config.b1) * g
-        new_nu = config.b2 * nu.astype(jnp.float32) + (1 - config.b2) * g * g
+    def first(g: Array, mu: Array) -> Array:
+        new_mu = config.b1 * mu.astype(jnp.float32) + (1 - config.b1) * (g.astype(jnp.float32) * clip_scale)
         # The parameter reads the moments after the select: reading the values before it would keep the
         # old moments alive, and with them a second copy of every moment.
-        new_mu = jnp.where(finite, new_mu, mu.astype(jnp.float32))
+        return jnp.where(finite, new_mu, mu.astype(jnp.float32))
+
+    def leaf(p: Array, g: Array, mu: Array, nu: Array, decays: bool) -> tuple[Array, Array, Array]:
+        new_mu = first(g, mu)
+        g = g.astype(jnp.float32) * clip_scale
+        new_nu = config.b2 * nu.astype(jnp.float32) + (1 - config.b2) * g * g
         new_nu = jnp.where(finite, new_nu, nu.astype(jnp.float32))
         update = (new_mu / correction1) / (jnp.sqrt(new_nu / correction2) + config.eps)
         if decays:
@@ -96,17 +98,16 @@ def adamw_update(
         new_p = jnp.where(finite, p - learning_rate * update, p)
         return new_p, new_mu.astype(dtype), new_nu.astype(dtype)
 
-    def placed(path: tuple[Any, ...], p: Array, g: Array, mu: Array, nu: Array, decays: bool):
-        update = functools.partial(leaf, decays=decays)
-        return _visiting(update, p, g, mu, nu, _stacked(path)) if on_host else update(p, g, mu, nu)
-
-    on_host = config.memory == "host"
     with jax.named_scope("adamw"):
         mask = decay_mask(params, config.decay_embeddings)
-        updated = jax.tree_util.tree_map_with_path(placed, params, grads, state.mu, state.nu, mask)
-        params, mu, nu = jax.tree.transpose(
-            jax.tree.structure(params), jax.tree.structure((0, 0, 0)), updated
-        )
+        paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+        rows = list(zip(*map(jax.tree.leaves, (params, grads, state.mu, state.nu, mask)), strict=True))
+        if config.memory == "host":
+            layers = [len(row[0]) if _stacked(path) else 1 for path, row in zip(paths, rows, strict=True)]
+            updated = _visiting(lambda g, mu: first(g, mu).astype(dtype), leaf, rows, layers)
+        else:
+            updated = [leaf(*row) for row in rows]
+        params, mu, nu = map(jax.tree.structure(params).unflatten, zip(*updated, strict=True))
     count = jnp.where(finite, count, state.count)
     return params, optax.ScaleByAdamState(count=count, mu=mu, nu=nu)
 
@@ -117,31 +118,29 @@ def _stacked(path: tuple[Any, ...]) -> bool:
 
 
 def _visiting(
-    update: Callable[..., tuple[Array, Array, Array]],
-    p: Array,
-    g: Array,
-    mu: Array,
-    nu: Array,
-    stacked: bool,
-) -> tuple[Array, Array, Array]:
-    """`update` of moments that are in host memory and stay there.
+    first: Callable[[Array, Array], Array],
+    leaf: Callable[..., tuple[Array, Array, Array]],
+    rows: list[tuple[Any, ...]],
+    layers: list[int],
+) -> list[tuple[Array, Array, Array]]:
+    """`leaf` of every row (p, g, mu, nu, decays) whose moments are in host memory and stay there.
 
-    Layer by layer where layers are stacked, so that the device has room for two of them, not for all: the
-    copies of one can run while the other is computed.
+    Stacked ones visit layer by layer, so that the device has room for one layer's moments. The first moment
+    needs the gradient alone (`first`); while it leaves, the second arrives.
     """
-    device, host = jax.memory.Space.Device, jax.memory.Space.Host
+    updated: dict[int, tuple[Array, Array, Array]] = {}
+    for count in sorted(set(layers)):
+        chosen = [number for number, n in enumerate(layers) if n == count]
+        p, g, mu, nu, decays = map(list, zip(*(rows[number] for number in chosen), strict=True))
 
-    def visit(p: Array, g: Array, mu: Array, nu: Array) -> tuple[Array, Array, Array]:
-        p, mu, nu = update(p, g, jax.device_put(mu, device), jax.device_put(nu, device))
-        return p, jax.device_put(mu, host), jax.device_put(nu, host)
+        def on_mu(i, p, mu, g=g, count=count):
+            return list(map(first, visits.part(g, i, count), mu))
 
-    if not stacked:
-        return visit(p, g, mu, nu)
+        def on_nu(i, p, mu, nu, g=g, decays=decays, count=count):
+            here = visits.part((p, g), i, count)
+            new_p, _, new_nu = zip(*map(leaf, *here, mu, nu, decays), strict=True)
+            return list(new_nu), visits.with_part(p, list(new_p), i)
 
-    def layer(i: Array, kept: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        p, mu, nu = (lax.dynamic_slice_in_dim(leaf, i, 1) for leaf in kept)
-        new = visit(p, lax.dynamic_slice_in_dim(g, i, 1), mu, nu)
-        at = functools.partial(lax.dynamic_update_slice_in_dim, start_index=i, axis=0)
-        return at(kept[0], new[0]), at(kept[1], new[1]), at(kept[2], new[2])
-
-    return lax.fori_loop(0, len(p), layer, (p, mu, nu), unroll=min(2, len(p)))
+        mu, nu, p = visits.in_turns(count, mu, nu, p, on_mu, on_nu)
+        updated |= zip(chosen, zip(p, mu, nu, strict=True), strict=True)
+    return [updated[number] for number in range(len(rows))]

@@ -1,0 +1,470 @@
+"""What travels beside what in training: state in host memory, and tokens beside the shared experts.
+
+    PYTHONPATH=. python benchmarks/overlap.py [--layers 6] [--steps 6] [--cases NAME;NAME] [--out FILE]
+
+Cases are processes of their own. They train `configs/small_gpu.py`, cut to `--layers`, on real text, and
+profile two steps:
+
+    device                     everything in device memory
+    moments                    the optimizer's moments in host memory
+    average on the device      a moving average of the parameters, in device memory
+    average                    the same in host memory
+    both                       moments and average in host memory
+    both, CUDA graphs          the same as `train.py` runs it: the profile names fewer instructions
+    one GPU, whole batch       what expert-parallel is compared with
+    expert-parallel            two GPUs
+
+Checked first: losses beside those of `device`, bit by bit; one program that updates moments here and there;
+the average beside its recurrence in float64; the losses of expert-parallel beside one GPU's.
+
+Where there are four GPUs, what copies to the host runs on the first, what does not on the second, and
+expert-parallel on the last two, at the same time. CUDA graphs are off in all other cases: so the profile
+names instructions.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+from benchmarks.profile_events import (  # noqa: E402
+    Event,
+    between_starts_and_dones,
+    events,
+    host_copies,
+    length,
+    merged,
+    paths,
+    shared,
+)
+
+FLAGS = "--xla_gpu_enable_latency_hiding_scheduler=true"
+NO_GRAPHS = "--xla_gpu_enable_command_buffer="
+DECAY = 0.99
+AVERAGE = f"--config.train.ema_decay={DECAY}"
+BOTH = [AVERAGE, "--config.optimizer.memory=host", "--config.train.ema_memory=host"]
+WHOLE = "--config.train.batch_size=16"
+# Of four GPUs those that it runs on, and overrides of the configuration.
+CASES: dict[str, tuple[tuple[int, ...], list[str]]] = {
+    "moments": ((0,), ["--config.optimizer.memory=host"]),
+    "average": ((0,), [AVERAGE, "--config.train.ema_memory=host"]),
+    "both": ((0,), BOTH),
+    "both, CUDA graphs": ((0,), BOTH),
+    "device": ((1,), []),
+    "average on the device": ((1,), [AVERAGE]),
+    "one GPU, whole batch": ((1,), [WHOLE]),
+    "expert-parallel": ((2, 3), [WHOLE, "--config.mesh.expert=2", "--config.mesh.sharding=zero1"]),
+}
+WARM = 3  # Steps before those that are timed; the average is checked after them.
+PROFILED = 2
+
+
+# ---------------------------------------------------------------- figures of a profile
+
+
+def beside_copies(found: list[Event], text: str) -> dict:
+    """Milliseconds a step of copies between host and device, and what else ran meanwhile."""
+    named = host_copies(text)
+    spans: dict[str, list] = defaultdict(list)
+    kinds, size = Counter(), Counter()
+    for event in found:
+        way = _way(event, named)
+        spans[way].append((event.start, event.end))
+        kinds[f"{way}: {re.sub(r'[._]?[0-9]+', '', event.name)[:40]}"] += 1
+        if bytes_of := re.search(r"size:(\d+)", event.detail):
+            size[way] += int(bytes_of.group(1))
+    into, out, work = (merged(spans[way]) for way in ("in", "out", "work"))
+    copies, busy = merged(into + out), merged(into + out + work)
+    whole = found[-1].start - found[0].start
+    a_step = {
+        "step": whole,
+        "computation": length(work),
+        "in": length(into),
+        "out": length(out),
+        "in and out at once": sum(shared(into, out)),
+        "in, under computation": sum(shared(into, work)),
+        "out, under computation": sum(shared(out, work)),
+        "copies": length(copies),
+        "nothing but copies": length(copies) - sum(shared(copies, work)),
+        "nothing": whole - length(busy),
+    }
+    large = Counter({kind: count for kind, count in kinds.items() if not kind.startswith("work")})
+    return {
+        "ms_a_step": {name: round(ms / PROFILED, 3) for name, ms in a_step.items()},
+        "gb_a_step": {way: size[way] / PROFILED / 1e9 for way in ("in", "out")},
+        "events": dict(large.most_common(20)),
+    }
+
+
+def _way(event: Event, named: dict[str, str]) -> str:
+    """What copies from host memory goes "in", what copies there "out"; all else is "work"."""
+    kinds = re.search(r"kind_src:(\w+).*kind_dst:(\w+)", event.detail)
+    if kinds and kinds.group(1) != kinds.group(2):
+        return "out" if kinds.group(1) == "device" else "in"
+    if "H2D" in event.name:
+        return "in"
+    if "D2H" in event.name:
+        return "out"
+    return named.get(event.instruction, "work")
+
+
+SCOPES = (
+    "shared_experts",
+    "dispatch",
+    "combine",
+    "expert_gate_up",
+    "expert_down",
+    "routed_experts",
+    "route",
+    "attention",
+    "dense_ffn",
+    "adamw",
+)
+
+
+def label(path: str) -> str:
+    """Direction and part of the model, from an `op_name`."""
+    direction = "backward" if "transpose(jvp" in path else "forward" if "jvp" in path else "other"
+    part = next((scope for scope in SCOPES if re.search(rf"\b{scope}\b", path)), "other")
+    return f"{direction} {part}"
+
+
+def beside_exchanges(found: list[Event], text: str) -> dict:
+    """Of each device, a step: collectives by kind, and what ran while tokens travelled."""
+    path = paths(text)
+    devices = {}
+    for device in sorted({event.device for event in found}):
+        mine = [event for event in found if event.device == device]
+        travel = [event for event in mine if "nccl" in event.name.lower()]
+        work = [event for event in mine if "nccl" not in event.name.lower()]
+        busy = merged((event.start, event.end) for event in work)
+        kinds: dict[str, list] = defaultdict(list)
+        for event in travel:
+            operation = re.match(r"[a-z-]*", event.instruction.replace("_", "-").replace("-start", ""))
+            direction = label(path.get(event.instruction, "")).split()[0]
+            kinds[f"{direction} {operation.group() if operation else ''}"].append((event.start, event.end))
+        collectives = {
+            kind: {
+                "ms": round(length(merged(spans)) / PROFILED, 3),
+                "under computation": round(sum(shared(merged(spans), busy)) / PROFILED, 3),
+                "kernels": len(spans) / PROFILED,
+            }
+            for kind, spans in sorted(kinds.items())
+        }
+        devices[device] = {
+            "step_ms": (mine[-1].start - mine[0].start) / PROFILED,
+            "collectives": collectives,
+            **{way: _beside(work, kinds[f"{way} all-to-all"], path) for way in ("forward", "backward")},
+        }
+    return devices
+
+
+def _beside(work: list[Event], exchange: list, path: dict[str, str]) -> dict:
+    """What ran beside an exchange: milliseconds by label, and every instruction of the shared experts."""
+    spans, parts = merged(exchange), defaultdict(float)
+    instructions: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for event in work:
+        where = path.get(event.instruction, "")
+        together = sum(shared([(event.start, event.end)], spans))
+        parts[label(where)] += together / PROFILED
+        if "shared_experts" in where:
+            times = instructions[f"{event.instruction}: {where.split('shared_experts')[-1]}, {label(where)}"]
+            times[0] += (event.end - event.start) / PROFILED
+            times[1] += together / PROFILED
+    return {
+        "ms": round(length(spans) / PROFILED, 3),
+        "beside": {
+            part: round(ms, 3) for part, ms in sorted(parts.items(), key=lambda x: -x[1]) if ms > 0.001
+        },
+        "shared experts: ms, of them beside": {
+            name: [round(ms, 3) for ms in times] for name, times in instructions.items()
+        },
+    }
+
+
+def schedule(text: str) -> dict:
+    """What the compiler put between the start and the end of each exchange; those without a start wait."""
+    pairs = between_starts_and_dones(text, "all-to-all", label)
+    path = paths(text)
+    # A root is what a start wraps.
+    waiting = re.findall(r"^\s+%?(\S+) = (\S+) all-to-all\(", text, re.MULTILINE)
+    rounds = re.compile(r"shard_map/while")
+    return {
+        "between": [
+            {"name": pair.name, "of": pair.label, "inside": dict(pair.inside)}
+            for pair in pairs
+            if not rounds.search(path.get(pair.name, ""))
+        ],
+        "synchronous": [
+            {"name": name, "shape": shape, "of": label(path.get(name, ""))}
+            for name, shape in waiting
+            if not rounds.search(path.get(name, ""))
+        ],
+    }
+
+
+# ---------------------------------------------------------------- one case
+
+
+def measure(argv: list[str], steps: int) -> dict:
+    """One case, in this process."""
+    import train as trainer
+
+    config, _ = trainer.parse(argv)
+    import jax
+    import numpy as np
+
+    from dsv3_jax.data import Loader
+    from dsv3_jax.parallel.mesh import make_mesh
+    from dsv3_jax.training import ema, loop
+    from dsv3_jax.training.state import abstract_state, init_state, shardings
+    from dsv3_jax.training.step import make_train_step
+
+    mesh, sequences, seq_len = make_mesh(config.mesh), config.train.batch_size, config.train.seq_len
+    process = dict(process_index=0, process_count=1)
+    loader = Loader(config.data, split="train", seq_len=seq_len, seed=config.train.seed, **process)
+
+    def inputs(step):
+        batch, count = loop.put_batch(config, mesh, loader.take(sequences), sequences)
+        return batch, count, loop.schedules_at(config, step, step * sequences * seq_len)
+
+    abstract = abstract_state(config, mesh)
+    started = time.perf_counter()
+    jitted: Any = make_train_step(config, mesh)
+    step_function = jitted.lower(abstract, *inputs(0)).compile()
+    text, average = step_function.as_text(), None
+    update: Any = ema.make_update(DECAY, ema.shardings(shardings(abstract.params), config.train.ema_memory))
+    compiled = time.perf_counter() - started
+    state = init_state(config, mesh)
+    if config.train.ema_decay:
+        average = ema.init(state.params, ema.shardings(shardings(abstract.params), config.train.ema_memory))
+    losses, expected = [], None
+    metrics: Any = None
+
+    def run(count):
+        nonlocal state, average, metrics
+        for _ in range(count):
+            state, metrics = step_function(state, *inputs(len(losses)))
+            if average is not None:
+                average = update(average, state.params, metrics.finite)
+            losses.append(metrics.losses.ce_loss)
+        jax.block_until_ready((state, average, metrics))
+
+    if average is not None:
+        expected = watched(state.params)
+    for _ in range(WARM):
+        run(1)
+        if expected is not None:
+            now = watched(state.params)
+            expected = [DECAY * old + (1 - DECAY) * new for old, new in zip(expected, now, strict=True)]
+    row: dict = {"compile_seconds": compiled, "mesh": dict(mesh.shape), "jax": jax.__version__}
+    row["gpu"] = jax.devices()[0].device_kind
+    if expected is not None:
+        on_device = jax.tree.map(lambda leaf: leaf.sharding, state.params)
+        there = watched(jax.tree.map(jax.device_put, average, on_device))
+        apart = [np.abs(x - y).max() / np.abs(y).max() for x, y in zip(there, expected, strict=True)]
+        row["average_beside_float64"] = float(max(apart))
+    if config.optimizer.memory == "host":
+        row["unequal_updates"] = unequal_updates(mesh, config)
+    started = time.perf_counter()
+    run(steps)
+    speed = steps * sequences * seq_len / (time.perf_counter() - started)
+    row |= {
+        "tokens_per_second": speed,
+        "step_ms": 1e3 * sequences * seq_len / speed,
+        "peak_gib": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0) / 2**30,
+        "state_gb": {
+            "moments": 2 * _bytes(abstract.optimizer.mu) / 1e9,
+            "average": _bytes(abstract.params) / 1e9 if config.train.ema_decay else 0,
+        },
+        "losses": [float(loss) for loss in losses],
+        "finite": bool(metrics.finite),
+    }
+    if average is not None:
+        text += update.lower(average, state.params, metrics.finite).compile().as_text()
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            run(PROFILED)
+        found = events(folder)
+    try:
+        row["profile"] = beside_exchanges(found, text) if mesh.size > 1 else beside_copies(found, text)
+    except Exception:
+        row["profile"] = {"error": traceback.format_exc()[-800:], "events": len(found)}
+    if mesh.shape["expert"] > 1:
+        row["schedule"] = schedule(text)
+    return row
+
+
+def _bytes(tree) -> int:
+    import jax
+
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def watched(params) -> list:
+    """A few parameters in float64: a norm's scale, and a row of the last layer's last expert."""
+    import numpy as np
+
+    some = params["final_norm"]["scale"], params["moe_layers"]["moe"]["gate_up"][-1, -1, -1]
+    return [np.asarray(x, np.float64) for x in some]
+
+
+def unequal_updates(mesh, config) -> dict:
+    """Three updates of random parameters: elements that differ with moments in host memory."""
+    import dataclasses
+
+    import jax
+    import numpy as np
+
+    from dsv3_jax.parallel.mesh import replicated
+    from dsv3_jax.training import optimizer
+
+    rng = np.random.default_rng(0)
+    shapes = {"moe_layers": {"a": (5, 300, 70), "b": (5, 64)}, "embedding": (512, 96), "scale": (96,)}
+
+    def random():
+        sizes = jax.tree.leaves(shapes, is_leaf=lambda x: isinstance(x, tuple))
+        leaves = [rng.standard_normal(size).astype(np.float32) for size in sizes]
+        return jax.tree.unflatten(jax.tree.structure(shapes, is_leaf=lambda x: isinstance(x, tuple)), leaves)
+
+    start, gradients = random(), [random() for _ in range(3)]
+    here = replicated(mesh)
+
+    def updated(memory, kind):
+        settings = dataclasses.replace(config.optimizer, memory=memory)
+        moments = optimizer.init(start, settings)
+        place = jax.tree.map(lambda _: here.with_memory_kind(kind), moments)._replace(count=here)
+        layout = jax.tree.map(lambda _: here, start), place
+
+        def update(params, moments, grads):
+            return optimizer.adamw_update(params, grads, moments, 1e-3, 0.7, settings)
+
+        call: Any = jax.jit(update, out_shardings=layout, donate_argnums=(0, 1))
+        state = jax.device_put((start, moments), layout)
+        for grads in gradients:
+            state = call(*state, grads)
+        return jax.tree.leaves(jax.device_get(jax.device_put(state, here)))
+
+    results = updated("device", "device"), updated("host", "pinned_host")
+    pairs = [(np.float32(x), np.float32(y)) for x, y in zip(*results, strict=True)]
+    return {
+        "elements": sum(x.size for x, _ in pairs),
+        "unequal": int(sum((x != y).sum() for x, y in pairs)),
+        "largest difference": float(max(np.abs(x - y).max() for x, y in pairs)),
+    }
+
+
+# ---------------------------------------------------------------- all cases
+
+
+def verdicts(rows: dict) -> dict:
+    """What was checked of each case."""
+    found = {}
+    for name, row in rows.items():
+        if "losses" not in row:
+            continue
+        mine: dict = {"finite": row["finite"]}
+        other = rows.get("one GPU, whole batch" if name == "expert-parallel" else "device", {})
+        if "losses" in other and name not in ("device", "one GPU, whole batch"):
+            pairs = list(zip(row["losses"], other["losses"], strict=False))
+            mine["losses"] = len(pairs)
+            mine["equal losses"] = sum(x == y for x, y in pairs)
+            mine["largest difference of the first three"] = max(abs(x - y) / y for x, y in pairs[:3])
+        # Averages round to float32 three times; bf16 products in another order moved a loss by 4e-5.
+        mine["ok"] = (
+            row["finite"]
+            and row.get("average_beside_float64", 0) < 1e-6
+            and row.get("unequal_updates", {"largest difference": 0})["largest difference"] < 1e-6
+            and mine.get("largest difference of the first three", 0) < 1e-3
+        )
+        found[name] = mine
+    return found
+
+
+def start(name: str, gpus: tuple[int, ...], steps: int, layers: int, log: Path) -> subprocess.Popen:
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))}
+    flags = FLAGS if "CUDA graphs" in name else f"{FLAGS} {NO_GRAPHS}"
+    environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
+    # The client's own limit on pinned memory is 64 GB.
+    environment.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", "110")
+    argv = ["--config=configs/small_gpu.py", f"--config.model.n_layers={layers}", *CASES[name][1]]
+    command = [sys.executable, __file__, f"--child={log}.json", f"--steps={steps}", *argv]
+    with open(log, "w") as file:
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=6, help="that are timed")
+    parser.add_argument("--seconds", type=float, default=600, help="the longest that all may take")
+    parser.add_argument("--cases", default=";".join(CASES))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/overlap.json"))
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    arguments, configuration = parser.parse_known_args()
+    if arguments.child:
+        Path(arguments.child).write_text(json.dumps(measure(configuration, arguments.steps)))
+        sys.stdout.flush()
+        os._exit(0)  # Freeing pinned memory takes seconds.
+
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True)
+    count = len(listed.stdout.strip().splitlines())
+    wanted = arguments.cases.split(";")
+    gpus_of = {name: CASES[name][0] if count >= 4 else tuple(range(len(CASES[name][0]))) for name in wanted}
+    queues: dict[Any, list[str]] = defaultdict(list)
+    for name in wanted:
+        queues[gpus_of[name] if count >= 4 else ()].append(name)
+    rows: dict[str, dict] = {}
+    began, lock = time.time(), threading.Lock()
+
+    def serve(names: list[str], folder: Path) -> None:
+        for name in names:
+            log = folder / name
+            child = start(name, gpus_of[name], arguments.steps, arguments.layers, log)
+            try:
+                child.wait(max(1, arguments.seconds - (time.time() - began)))
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.wait()
+            result = Path(f"{log}.json")
+            row = {"failed": child.returncode, "output": log.read_text()[-2500:]}
+            if result.exists():
+                row = json.loads(result.read_text())
+            row["gpus"] = gpus_of[name]
+            with lock:
+                rows[name] = row
+                settings = {"layers": arguments.layers, "flags": FLAGS}
+                content = settings | {"checks": verdicts(rows), "cases": rows}
+                arguments.out.parent.mkdir(parents=True, exist_ok=True)
+                arguments.out.write_text(json.dumps(content, indent=1) + "\n")
+                print(f"{time.time() - began:.0f} s: {name}: {json.dumps(row)[:6000]}", flush=True)
+
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{folder}/compiled"
+        threads = [threading.Thread(target=serve, args=(names, Path(folder))) for names in queues.values()]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    checks = verdicts(rows)
+    print(json.dumps(checks, indent=1))
+    for name, row in rows.items():
+        if "ms_a_step" in row.get("profile", {}):
+            print(f"{name:24} {row['tokens_per_second']:>8.0f} tokens/s {row['peak_gib']:>6.1f} GiB", end=" ")
+            print(*(f"{what} {ms:.0f};" for what, ms in row["profile"]["ms_a_step"].items()))
+    return 0 if len(checks) == len(wanted) and all(check["ok"] for check in checks.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
