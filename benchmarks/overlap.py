@@ -226,7 +226,7 @@ def measure(argv: list[str], steps: int) -> dict:
     import numpy as np
 
     from dsv3_jax.data import Loader
-    from dsv3_jax.parallel.mesh import make_mesh
+    from dsv3_jax.parallel.mesh import make_mesh, replicated
     from dsv3_jax.training import ema, loop
     from dsv3_jax.training.state import abstract_state, init_state, shardings
     from dsv3_jax.training.step import make_train_step
@@ -240,15 +240,28 @@ def measure(argv: list[str], steps: int) -> dict:
         return batch, count, loop.schedules_at(config, step, step * sequences * seq_len)
 
     abstract = abstract_state(config, mesh)
+    layout = ema.shardings(shardings(abstract.params), config.train.ema_memory)
     started = time.perf_counter()
     jitted: Any = make_train_step(config, mesh)
     step_function = jitted.lower(abstract, *inputs(0)).compile()
-    text, average = step_function.as_text(), None
-    update: Any = ema.make_update(DECAY, ema.shardings(shardings(abstract.params), config.train.ema_memory))
-    compiled = time.perf_counter() - started
-    state = init_state(config, mesh)
+    text, update, average = step_function.as_text(), None, None
     if config.train.ema_decay:
-        average = ema.init(state.params, ema.shardings(shardings(abstract.params), config.train.ema_memory))
+        whole = jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            abstract.params,
+            layout,
+        )
+        finite = jax.ShapeDtypeStruct((), bool, sharding=replicated(mesh))
+        jitted = ema.make_update(DECAY, layout)
+        update = jitted.lower(whole, abstract.params, finite).compile()
+        text += update.as_text()
+    row: dict = {"compile_seconds": time.perf_counter() - started, "mesh": dict(mesh.shape)}
+    if not steps:
+        return row
+    row |= {"jax": jax.__version__, "gpu": jax.devices()[0].device_kind}
+    state = init_state(config, mesh)
+    if update:
+        average = ema.init(state.params, layout)
     losses, expected = [], None
     metrics: Any = None
 
@@ -256,20 +269,18 @@ def measure(argv: list[str], steps: int) -> dict:
         nonlocal state, average, metrics
         for _ in range(count):
             state, metrics = step_function(state, *inputs(len(losses)))
-            if average is not None:
+            if update:
                 average = update(average, state.params, metrics.finite)
             losses.append(metrics.losses.ce_loss)
         jax.block_until_ready((state, average, metrics))
 
-    if average is not None:
+    if update:
         expected = watched(state.params)
     for _ in range(WARM):
         run(1)
         if expected is not None:
             now = watched(state.params)
             expected = [DECAY * old + (1 - DECAY) * new for old, new in zip(expected, now, strict=True)]
-    row: dict = {"compile_seconds": compiled, "mesh": dict(mesh.shape), "jax": jax.__version__}
-    row["gpu"] = jax.devices()[0].device_kind
     if expected is not None:
         on_device = jax.tree.map(lambda leaf: leaf.sharding, state.params)
         there = watched(jax.tree.map(jax.device_put, average, on_device))
@@ -291,8 +302,6 @@ def measure(argv: list[str], steps: int) -> dict:
         "losses": [float(loss) for loss in losses],
         "finite": bool(metrics.finite),
     }
-    if average is not None:
-        text += update.lower(average, state.params, metrics.finite).compile().as_text()
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             run(PROFILED)
@@ -396,9 +405,11 @@ def start(name: str, gpus: tuple[int, ...], steps: int, layers: int, log: Path) 
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))}
     flags = FLAGS if "CUDA graphs" in name else f"{FLAGS} {NO_GRAPHS}"
     environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
+    environment.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # All compile at once.
     # The client's own limit on pinned memory is 64 GB.
     environment.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", "110")
-    argv = ["--config=configs/small_gpu.py", f"--config.model.n_layers={layers}", *CASES[name][1]]
+    argv = ["--config=configs/small_gpu.py", f"--config.model.n_layers={layers}"]
+    argv += ["--config.model.moe.bias_speed=0.02", *CASES[name][1]]
     command = [sys.executable, __file__, f"--child={log}.json", f"--steps={steps}", *argv]
     with open(log, "w") as file:
         return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
@@ -428,15 +439,18 @@ def main() -> int:
     rows: dict[str, dict] = {}
     began, lock = time.time(), threading.Lock()
 
+    def wait(child: subprocess.Popen) -> None:
+        try:
+            child.wait(max(1, arguments.seconds - (time.time() - began)))
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+
     def serve(names: list[str], folder: Path) -> None:
         for name in names:
             log = folder / name
             child = start(name, gpus_of[name], arguments.steps, arguments.layers, log)
-            try:
-                child.wait(max(1, arguments.seconds - (time.time() - began)))
-            except subprocess.TimeoutExpired:
-                child.kill()
-                child.wait()
+            wait(child)
             result = Path(f"{log}.json")
             row = {"failed": child.returncode, "output": log.read_text()[-2500:]}
             if result.exists():
@@ -452,6 +466,14 @@ def main() -> int:
 
     with tempfile.TemporaryDirectory() as folder:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{folder}/compiled"
+        # Side by side; what runs then finds its program.
+        compiling = [
+            start(name, gpus_of[name], 0, arguments.layers, Path(folder) / f"compiling {name}")
+            for name in wanted
+        ]
+        for child in compiling:
+            wait(child)
+        print(f"{time.time() - began:.0f} s: compiled", flush=True)
         threads = [threading.Thread(target=serve, args=(names, Path(folder))) for names in queues.values()]
         for thread in threads:
             thread.start()
