@@ -47,6 +47,7 @@ from dsv3_jax.generation.prefill import prefill
 from dsv3_jax.generation.sampling import make_sampler
 from dsv3_jax.generation.weights import Weights, prepare
 from dsv3_jax.model import Transformer, init_variables
+from pallas_kernels import implementations
 
 NEW = 128
 # bf16 rounds to 2^-9; two layers and a head of them leave below 1e-2. A wrong product leaves far more.
@@ -180,7 +181,8 @@ def profile(call: Any, steps: int) -> list[dict[str, Any]]:
 
 def compiled(config: ModelConfig, weights: Weights, state: DecodeState, options: Any = None) -> Any:
     run = jax.jit(decode.run, static_argnames=("config", "room"), donate_argnames="state")
-    return run.lower(weights, state, config, NEW).compile(compiler_options=options)
+    with implementations.one_device():
+        return run.lower(weights, state, config, NEW).compile(compiler_options=options)
 
 
 def measure(
@@ -245,7 +247,8 @@ def main() -> None:
     context, began = arguments.context, time.perf_counter()
     config = model_config(context + NEW)
     peer = Peer(arguments.batch, context) if arguments.peer else None
-    errors = {} if arguments.unchecked else check(config)
+    with implementations.one_device():
+        errors = {} if arguments.unchecked else check(config)
     print(f"logits against the forward: {errors} ({time.perf_counter() - began:.0f} s)", flush=True)
     weights = random_weights(config)
     shapes = {

@@ -34,6 +34,7 @@ from dsv3_jax.data import Loader, Tokenizer, load_tokenizer
 from dsv3_jax.generation import Generator, SamplingParams, folders, forward
 from dsv3_jax.generation.cache import init_cache
 from dsv3_jax.generation.prefill import prefill
+from dsv3_jax.generation.weights import kernels_for
 from dsv3_jax.model import Transformer
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.training import loop
@@ -143,7 +144,8 @@ def logits_of(model: ModelConfig, variables: Any, way: Generator, text: list[int
         lengths = np.array([start], np.int32)
         cache, _ = prefill(way.weights, cache, tokens[:, :start], lengths, model, chunk=way.chunk, drafts=0)
         for at in range(start, len(text) - width + 1, width):
-            logits, cache = _decode(way.weights, cache, tokens[:, at : at + width], model)
+            with kernels_for(way.weights):
+                logits, cache = _decode(way.weights, cache, tokens[:, at : at + width], model)
             for i, name in enumerate(names[:1] if width == 1 else names[1:]):
                 found[name][at + i - read] = logits[i]
     return found

@@ -27,12 +27,20 @@ def platform() -> str:
 
 
 def on_one_device() -> bool:
-    """Whether operands are whole on one device: there is one, or all mesh axes are manual.
+    """Whether operands are whole on one device: there is one, or all mesh axes are manual, or of size one.
 
     The compiler does not partition our kernels: on several devices they need `shard_map`.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    return jax.device_count() == 1 or (not mesh.empty and mesh.are_all_axes_manual)
+    return jax.device_count() == 1 or (not mesh.empty and (mesh.are_all_axes_manual or mesh.size == 1))
+
+
+def one_device() -> contextlib.AbstractContextManager:
+    """Says that operands are whole on one device, of however many there are, where functions are traced.
+
+    What was traced outside the block is traced anew inside it.
+    """
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("device",)))
 
 
 @contextlib.contextmanager

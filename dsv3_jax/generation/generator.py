@@ -24,7 +24,7 @@ from dsv3_jax.generation.results import Completion, Statistics
 from dsv3_jax.generation.sampling import RequestError, SamplingParams, make_sampler
 from dsv3_jax.generation.speculation import window
 from dsv3_jax.generation.text import Follower, Piece, stops
-from dsv3_jax.generation.weights import prepare
+from dsv3_jax.generation.weights import kernels_for, prepare
 from pallas_kernels import implementations
 
 Prompt = str | Sequence[int] | np.ndarray  # Text, or token ids.
@@ -157,7 +157,8 @@ class Generator:
         """(Emitted of the first tokens, Texts of the others, seconds of these) of prompts, on the host."""
         state, emitted = self._start(encoded, requests)
         started = time.perf_counter()
-        _, texts = _run(self.weights, state, self.config, room)
+        with kernels_for(self.weights):
+            _, texts = _run(self.weights, state, self.config, room)
         found = jax.device_get((emitted, texts))
         return *found, time.perf_counter() - started
 
@@ -178,7 +179,8 @@ class Generator:
         first, started = True, 0.0
         while open_rows:
             # The device is at the next step while the host looks at this one.
-            state, coming = decode_step(self.weights, state, self.config)
+            with kernels_for(self.weights):
+                state, coming = decode_step(self.weights, state, self.config)
             if first:  # What has passed is compilation.
                 started = time.perf_counter()
             now = jax.device_get(emitted)
@@ -253,7 +255,8 @@ class Generator:
             jnp.ones(len(encoded), bool),
             greedy=all(request.temperature == 0 for request in requests),
         )
-        return _first(self.weights, state, hidden[:, -1], self.config)
+        with kernels_for(self.weights):
+            return _first(self.weights, state, hidden[:, -1], self.config)
 
     def _cache(self, batch: int, capacity: int) -> LatentCache:
         cache = init_cache(

@@ -50,7 +50,8 @@ def compare(config: ModelConfig, implementation: str) -> dict[str, float]:
     errors = {}
     for name, (call, arrays, fixed) in _calls(config).items():
         wide = [x.astype(jnp.float32) for x in arrays]
-        found = jax.jit(functools.partial(call, implementation=implementation))(*arrays, *fixed)
+        with implementations.one_device():
+            found = jax.jit(functools.partial(call, implementation=implementation))(*arrays, *fixed)
         exact = jax.jit(functools.partial(call, implementation="reference"))(*wide, *fixed)
         found = found.astype(jnp.float32)
         errors[name] = float(jnp.linalg.norm((found - exact).ravel()) / jnp.linalg.norm(exact.ravel()))

@@ -13,7 +13,7 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.generation import forward
 from dsv3_jax.generation.cache import LatentCache
 from dsv3_jax.generation.speculation import window
-from dsv3_jax.generation.weights import Weights
+from dsv3_jax.generation.weights import Weights, kernels_for
 
 SMALLEST_CHUNK = 16
 
@@ -67,7 +67,8 @@ def prefill(
         piece = np.zeros((batch, size + drafts), np.int32)
         ahead = prompts[:, start : start + size + drafts]
         piece[:, : ahead.shape[1]] = ahead
-        cache, kept = prefill_chunk(
-            weights, cache, kept, piece, np.int32(start), lengths, config, chunk, drafts
-        )
+        with kernels_for(weights):
+            cache, kept = prefill_chunk(
+                weights, cache, kept, piece, np.int32(start), lengths, config, chunk, drafts
+            )
     return replace(cache, lengths=jnp.asarray(lengths)), kept

@@ -17,7 +17,7 @@ from dsv3_jax.generation.request_checks import needs_filters
 from dsv3_jax.generation.requests import Limits, Request
 from dsv3_jax.generation.sampling import SamplingParams, make_sampler
 from dsv3_jax.generation.speculation import window
-from dsv3_jax.generation.weights import Weights
+from dsv3_jax.generation.weights import Weights, kernels_for
 
 
 @dataclass
@@ -98,17 +98,9 @@ class Slots:
         tokens = np.zeros((1, size + self.drafts), np.int32)
         ahead = request.prompt[start : start + size + self.drafts]
         tokens[0, : len(ahead)] = ahead
-        view, joining.kept = prefill_chunk(
-            self.weights,
-            view,
-            joining.kept,
-            tokens,
-            np.int32(start),
-            lengths,
-            self.config,
-            self.limits.chunk,
-            self.drafts,
-        )
+        operands = self.weights, view, joining.kept, tokens, np.int32(start), lengths
+        with kernels_for(self.weights):
+            view, joining.kept = prefill_chunk(*operands, self.config, self.limits.chunk, self.drafts)
         assert view.page_table is not None
         joining.table = view.page_table  # The whole view was donated.
         self._state = replace(self._state, cache=replace(cache, layers=view.layers))
@@ -133,9 +125,9 @@ class Slots:
             jnp.ones(1, bool),
             greedy=params.temperature == 0,
         )
-        self._state, self._seen, emitted = take_slot(
-            self.weights, self._state, self._seen, row, joining.kept[:, -1], np.int32(request.slot)
-        )
+        operands = self._state, self._seen, row, joining.kept[:, -1], np.int32(request.slot)
+        with kernels_for(self.weights):
+            self._state, self._seen, emitted = take_slot(self.weights, *operands)
         self._leaving.discard(request.slot)
         return jax.device_get(emitted)
 
@@ -155,9 +147,9 @@ class Slots:
         greedy = not filters and all(params.temperature == 0 for params in wanted)
         seen = self._seen if filters else self._state.seen
         none_seen = self._state.seen
-        state, emitted = decode_step(
-            self.weights, replace(self._state, seen=seen, greedy=greedy), self.config
-        )
+        state = replace(self._state, seen=seen, greedy=greedy)
+        with kernels_for(self.weights):
+            state, emitted = decode_step(self.weights, state, self.config)
         if filters:
             self._seen = state.seen
             state = replace(state, seen=none_seen)

@@ -1,5 +1,6 @@
 """The parameters arranged for generation: a layer apart from the next, cast and absorbed once."""
 
+import contextlib
 from typing import Any, NamedTuple
 
 import jax
@@ -27,6 +28,12 @@ class Weights(NamedTuple):
     final_norm: Float[Array, " d"]
     layers: tuple[dict[str, Any], ...]
     depths: tuple[dict[str, Any], ...]
+
+
+def kernels_for(weights: Weights) -> contextlib.AbstractContextManager:
+    """Where programs that read `weights` are called: our kernels need these on one device, of any number."""
+    alone = len(weights.embedding.devices()) == 1
+    return implementations.one_device() if alone else contextlib.nullcontext()
 
 
 def prepare(

@@ -58,8 +58,10 @@ def use_mesh(mesh: Mesh | None, options: MeshConfig | None = None, *, manual: bo
         device, nothing is left to lay out, and the routed experts use the axis `expert` as it is.
     """
     token = _current.set(_Current(mesh, options or MeshConfig(), manual))
+    alone = mesh is not None and mesh.size == 1
     try:
-        yield
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh) if alone else contextlib.nullcontext():
+            yield
     finally:
         _current.reset(token)
 

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv3_jax.data.tokenizers import ByteTokenizer
-from dsv3_jax.generation import Generator, RequestError, SamplingParams, TextStream, decode
+from dsv3_jax.generation import Generator, RequestError, SamplingParams, TextStream, decode, linear
 from dsv3_jax.generation.generator import PART
+from pallas_kernels import implementations
 from tests.generation.models import CONFIGS, generator, teacher_forced, variables
 from tests.model.test_transformer import changed, make_variables
 
@@ -38,6 +39,25 @@ SETTINGS = [{}, {"page_size": 4, "speculate": 2}, {"page_size": 8, "chunk": 4}]
 def test_greedy_tokens_whatever_the_batching(batch, options):
     found = generator("v3", **options).generate(batch, GREEDY)
     assert [c.tokens for c in found] == [greedy(tuple(prompt)) for prompt in batch]
+
+
+@pytest.mark.parametrize("places, alone", [((3,), True), ((3, 5), False)])
+def test_kernels_run_where_the_weights_are_on_one_of_several_devices(places, alone, monkeypatch):
+    found, linear_of = [], linear._has_kernel
+
+    def has_kernel(*operands):
+        found.append(implementations.on_one_device())
+        return linear_of(*operands)
+
+    monkeypatch.setattr(linear, "_has_kernel", has_kernel)
+    devices = [jax.devices()[i] for i in places]
+    everywhere = jax.sharding.NamedSharding(jax.sharding.Mesh(devices, "x"), jax.sharding.PartitionSpec())
+    # Of another size than every other test's, which may have been traced before.
+    config = dataclasses.replace(CONFIGS["small"], max_seq_len=48)
+    made = Generator(config, jax.device_put(variables("small"), everywhere))
+    (text,) = made.generate([[1, 2, 3]], GREEDY)
+    assert set(found) == {alone}
+    assert text == generator("small").generate([[1, 2, 3]], GREEDY)[0]
 
 
 def test_streaming_gives_the_same_tokens():

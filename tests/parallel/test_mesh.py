@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec
 from dsv3_jax.config import MeshConfig
 from dsv3_jax.mesh_checks import mesh_shape
 from dsv3_jax.parallel import mesh as meshes
+from pallas_kernels import implementations
 
 
 @pytest.mark.parametrize(
@@ -83,6 +84,20 @@ def test_activations_are_split_over_both_axes():
         np.testing.assert_array_equal(rows[device], x[device : device + 1])
     with meshes.use_mesh(meshes.make_mesh(MeshConfig(data=1, expert=1))):
         assert meshes.current_mesh() is None  # One device needs no layout.
+
+
+@pytest.mark.parametrize("devices, alone", [(1, True), (2, False)])
+def test_kernels_run_on_a_mesh_of_one_of_several_devices(devices, alone):
+    config, found = MeshConfig(data=devices), []
+
+    @jax.jit
+    def program(x):
+        with meshes.use_mesh(meshes.make_mesh(config)):
+            found.append(implementations.on_one_device())
+            return x + 1
+
+    x = jax.device_put(jnp.zeros(8), jax.devices()[3])
+    assert program(x).devices() == x.devices() and found == [alone]
 
 
 def test_eight_devices_are_here():
