@@ -1,10 +1,14 @@
 """Every schedule on 2, 4 and 8 ranks beside no pipeline, in float64: pytest -rP tests/pipeline/grid.py
 
 About 40 minutes of one core, so pytest does not find it unless it is named; every change runs a part of it in
-`test_train_step.py`. `-k "dualpipe and mtp2"` runs some of it.
+`test_train_step.py`. `-k "dualpipe and mtp2"` runs some of it. Micro-batches and meshes take turns; with
+DSV3_GRID=all every schedule has all of them, four hours of one core: for many cores, with `-n 48 --dist
+loadgroup`. With 16 devices (XLA_FLAGS) 8 ranks have other axes beside them, too.
 """
 
 import dataclasses
+import itertools
+import os
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +23,14 @@ from dsv3_jax.training.state import abstract_state
 from pallas_kernels.mla_attention import reference
 from tests.pipeline import runs, test_runner
 
+ALL = os.environ.get("DSV3_GRID") == "all"
 ROWS = 4  # Of a micro-batch: one for each device beside a pipeline.
+MOST = 32  # Micro-batches of the runs without a pipeline, which serve any number up to it.
+FSDP = dict(data=2, expert=2, sharding="fsdp")
 MESHES = {
-    2: (dict(), dict(data=2, expert=2, sharding="fsdp")),
+    8: (dict(), dict(data=2, sharding="zero1"), dict(expert=2)),
     4: (dict(), dict(data=2, sharding="zero1"), dict(expert=2)),
-    8: (dict(),),
+    2: (dict(), FSDP, dict(data=2, sharding="zero1"), dict(expert=2)),
 }
 
 
@@ -34,27 +41,38 @@ def counts(name, ranks):
     return fewest, between, 4 * ranks
 
 
-def case(name, ranks, axes, mtp, count, **fields):
+def case(name, ranks, axes, mtp, count, experts="reference", **fields):
     stages = ranks * (2 if name in ("interleaved", "dualpipev") else 1)
     # Without prediction: a dense layer first, and stages of one layer and of two.
     uneven = mtp == 0
-    moe = dict(batch_loss=0.1, n_shared=0, n_dense_layers=int(uneven))
+    moe = dict(batch_loss=0.1, n_shared=0, n_dense_layers=int(uneven), implementation=experts)
     mesh = MeshConfig(pipe=ranks, **dict(data=1) | axes)
     return runs.config(name, count, mesh, mtp, layers=stages + uneven, rows=ROWS * count, moe=moe, **fields)
 
 
+def fitting(ranks):
+    """The meshes that there are devices for."""
+    fit = jax.device_count() // ranks
+    return [axes for axes in MESHES[ranks] if axes.get("data", 1) * axes.get("expert", 1) <= fit]
+
+
 def grid():
-    """Every schedule, number of ranks and prediction depth, alone and beside other axes."""
-    for ranks, meshes in MESHES.items():
-        for mtp in (0, 1, 2):
-            for number, name in enumerate(NAMES):
-                alone, *more = meshes
-                beside = [more[(mtp + number) % len(more)]] if more else []
-                for turn, axes in enumerate([alone, *beside]):
-                    count = counts(name, ranks)[(mtp + number + turn) % 3]
-                    words = "x".join(f"{axis}{size}" for axis, size in axes.items() if axis != "sharding")
-                    where = f"{name} {ranks} {words or 'alone'} mtp{mtp} {count}"
-                    yield pytest.param(case(name, ranks, axes, mtp, count), 4 * ranks, id=where)
+    """Every schedule, number of ranks and prediction depth, alone and beside other axes.
+
+    All products of them, or one of the numbers of micro-batches and one of the other meshes for each.
+    """
+    last_first = list(enumerate(NAMES))[::-1]  # Which take the longest to compile.
+    for (number, name), ranks, mtp in itertools.product(last_first, MESHES, range(3)):
+        alone, *more = fitting(ranks)
+        beside = more if ALL or not more else [more[(mtp + number) % len(more)]]
+        for turn, axes in enumerate([alone, *beside]):
+            words = "x".join(f"{axis}{size}" for axis, size in axes.items() if axis != "sharding")
+            where = f"{name} {ranks} {words or 'alone'} mtp{mtp}"
+            taken = counts(name, ranks)
+            for count in taken if ALL else [taken[(mtp + number + turn) % 3]]:
+                # On one worker: they share the run without a pipeline.
+                marks = pytest.mark.xdist_group(where.replace(" ", "-"))
+                yield pytest.param(name, ranks, axes, mtp, count, id=f"{where} {count}", marks=marks)
 
 
 @pytest.fixture(scope="module")
@@ -89,22 +107,18 @@ def equal(found):
 
 
 @in_float64
-@pytest.mark.parametrize("c, micros", list(grid()))
-def test_equal_to_no_pipeline(width, c, micros):
-    found = errors(c, micros)
+@pytest.mark.parametrize("name, ranks, axes, mtp, count", list(grid()))
+def test_equal_to_no_pipeline(width, name, ranks, axes, mtp, count):
+    found = errors(case(name, ranks, axes, mtp, count), MOST)
     assert equal(found), found
 
 
-# 1.5e-6 by norm with their four layers, where others have two; 4e-15 in float64.
-BEYOND = pytest.mark.xfail(strict=True, reason="float32 sums in another order differ by more than 1e-6")
-
-
 @in_float32
-@pytest.mark.parametrize(
-    "name", [pytest.param(x, marks=BEYOND) if x in ("interleaved", "dualpipev") else x for x in NAMES]
-)
+@pytest.mark.parametrize("name", NAMES)
 def test_float32_by_norm(width, name):
-    found = errors(case(name, 2, MESHES[2][1], 1, counts(name, 2)[1]))
+    # "reference" is one product over all experts of a device: of half as many its sums have other roundings.
+    # Every float32 run is some 2e-6 from float64, and any two that round differently as far from each other.
+    found = errors(case(name, 2, FSDP, 1, counts(name, 2)[1], experts="blocked"))
     assert found.norm <= 1e-6 and found.loss <= 1e-6 and found.counts == 0, found
 
 

@@ -81,12 +81,14 @@ def compiled(c):
 
     def draw(path, leaf):
         value = ("scale" in jax.tree_util.keystr(path)) + 0.3 * rng.standard_normal(leaf.shape)
-        return jax.device_put(value.astype(leaf.dtype), leaf.sharding)
+        # The same numbers in float64.
+        return jax.device_put(value.astype(np.float32).astype(leaf.dtype), leaf.sharding)
 
     state = abstract._replace(
         params=jax.tree_util.tree_map_with_path(draw, abstract.params),
         router=jax.tree_util.tree_map_with_path(draw, abstract.router),  # A bias that decides.
     )
+    mtp_weight = jnp.asarray(np.float32(0.3), jnp.float32)
     shape = -1, c.train.micro_batch_size, c.train.seq_len
     batch = {
         name: jax.device_put(x.reshape(shape), batch_sharding(mesh)) for name, x in make_batch(c).items()
@@ -94,17 +96,20 @@ def compiled(c):
 
     def step(state, batch, n_micro):
         with use_mesh(mesh):
-            return gradients(c, state, batch, n_micro, jnp.float32(0.3))
+            return gradients(c, state, batch, n_micro, mtp_weight)
 
     program = jax.jit(step).lower(state, batch, 1).compile(OPTIONS)
     return lambda n_micro: jax.device_get(program(state, batch, n_micro))
 
 
-@functools.cache
-def plain(c):
-    """`compiled` of the same model on one device without a pipeline."""
-    train = dataclasses.replace(c.train, pipeline="", remat="none")
-    return compiled(dataclasses.replace(c, train=train, mesh=MeshConfig(data=1)))
+plain = functools.cache(compiled)
+
+
+def unpipelined(c, micros=None):
+    """The same model on one device without a pipeline; `micros`: as many micro-batches at most."""
+    batch_size = micros * c.train.micro_batch_size if micros else c.train.batch_size
+    train = dataclasses.replace(c.train, pipeline="", remat="none", batch_size=batch_size)
+    return dataclasses.replace(c, train=train, mesh=MeshConfig(data=1))
 
 
 class Errors(NamedTuple):
@@ -119,9 +124,7 @@ class Errors(NamedTuple):
 def errors(c, micros=None):
     """`micros`: of which the run without a pipeline takes as many as `c` has; it then serves other counts."""
     n_micro = c.train.batch_size // c.train.micro_batch_size
-    batch_size = (micros or n_micro) * c.train.micro_batch_size
-    more = dataclasses.replace(c, train=dataclasses.replace(c.train, batch_size=batch_size))
-    want_grads, want_losses, want_counts = plain(more)(n_micro)
+    want_grads, want_losses, want_counts = plain(unpipelined(c, micros))(n_micro)
     grads, losses, counts = compiled(c)(n_micro)
     # One loss may be near 0, where another is not.
     worst = [abs(a - b).max() / abs(b).max() for a, b in pairs(losses, want_losses) if b.size and b.any()]
