@@ -86,7 +86,12 @@ def length(spans: list[Span]) -> float:
 
 def paths(text: str) -> dict[str, str]:
     """The `op_name` of each instruction of a compiled program: JAX's scopes, from the outermost on."""
-    return dict(re.findall(r'^\s+(?:ROOT )?%?(\S+) = .*op_name="([^"]*)"', text, re.MULTILINE))
+    found = {}
+    for line in text.splitlines():
+        match = re.match(r'\s+(?:ROOT )?%?(\S+) = .*?op_name="([^"]*)"', line)
+        if match:
+            found[match.group(1)] = match.group(2)
+    return found
 
 
 class Between(NamedTuple):
@@ -123,12 +128,13 @@ def between_starts_and_dones(text: str, operation: str, label: Callable[[str], s
 
 def host_copies(text: str) -> dict[str, str]:
     """Of a compiled program: "in" or "out" for every asynchronous copy from or to host memory."""
-    shape = r"\S+\{[^}]*\}"
-    copies = re.findall(rf"(\S+) = \(({shape}), ({shape}), u32\[\]\) copy-start\(", text)
-    slices = re.findall(rf"(\S+) = \(\(({shape}).*\), ({shape}), u32\[\]\) \w+-start\(", text)
-    found = [(name, source, target) for name, target, source in copies] + slices
-    return {
-        name.lstrip("%"): "out" if "S(5)" in target else "in"
-        for name, source, target in found
-        if "S(5)" in source + target
-    }
+    found = {}
+    for line in text.splitlines():
+        head = re.match(r"\s+(?:ROOT )?%?(\S+) = \((.*?\)?), (\S+), u32\[\]\) (\S+)-start\(", line)
+        if head and "S(5)" in line:
+            name, first, last, operation = head.groups()
+            # A copy's target comes first; of all else the operands do.
+            source, target = (last, first) if operation == "copy" else (first, last)
+            if "S(5)" in source + target:
+                found[name] = "out" if "S(5)" in target else "in"
+    return found
