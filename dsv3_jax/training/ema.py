@@ -1,8 +1,8 @@
 """Exponential moving average of the parameters, on the device or in host memory (DeepSeek-V3 §3.2.3).
 
 The update is a program of its own, dispatched after the training step and not waited for: the host goes
-on to the next batch. In host memory the average visits the device a slice at a time: on an H200, moving
-it whole took 1.7 times its size there, and in four slices a third of its size, in the same time.
+on to the next batch. In host memory the average visits the device part by part (`training.visits`): on an
+H200, moving it whole took 1.7 times its size there, and in four parts a third of its size, in the same time.
 """
 
 from collections.abc import Callable
@@ -21,8 +21,8 @@ Update = Callable[[Params, Params, Bool[Array, ""]], Params]
 
 DEVICE, HOST = "device", "pinned_host"
 MEMORY_KINDS = {"device": DEVICE, "host": HOST}
-# At most so many slices: more would be too small to use the link well.
-MAX_SLICES = 64
+# At most so many parts: more would be too small to use the link well.
+MAX_PARTS = 64
 
 
 def shardings(param_shardings: Shardings, memory: str) -> Shardings:
@@ -51,44 +51,41 @@ def make_update(decay: float, ema_shardings: Shardings) -> Update:
         def mix(average: Array, p: Array) -> Array:
             return jnp.where(finite, average + (1 - decay) * (p.astype(jnp.float32) - average), average)
 
-        leaves, places = jax.tree.leaves(ema), jax.tree.leaves(ema_shardings)
-        on_host = any(sharding.memory_kind == HOST for sharding in places)
-        visits_of = [_visits(leaf.shape, place) for leaf, place in zip(leaves, places, strict=True)]
         with jax.named_scope("ema"):
-            if not on_host:
+            places = jax.tree.leaves(ema_shardings)
+            if all(place.memory_kind != HOST for place in places):
                 return jax.tree.map(mix, ema, params)
-            return jax.tree.unflatten(
-                jax.tree.structure(ema), _visiting(mix, leaves, jax.tree.leaves(params), visits_of)
-            )
+            averages, new = jax.tree.leaves(ema), jax.tree.leaves(params)
+            counts = [_visits(leaf.shape, place) for leaf, place in zip(averages, places, strict=True)]
+            mixed: dict[int, Array] = {}
+            for count in sorted(set(counts)):
+                chosen = [number for number, n in enumerate(counts) if n == count]
+                found = _visiting(mix, [averages[n] for n in chosen], [new[n] for n in chosen], count)
+                mixed |= zip(chosen, found, strict=True)
+            return jax.tree.structure(ema).unflatten([mixed[number] for number in range(len(averages))])
 
     return jax.jit(update, donate_argnums=0, out_shardings=ema_shardings)
 
 
 def _visiting(
-    mix: Callable[[Array, Array], Array], averages: list[Array], params: list[Array], visits_of: list[int]
+    mix: Callable[[Array, Array], Array], averages: list[Array], params: list[Array], count: int
 ) -> list[Array]:
-    """`mix` of every average, all in host memory, with its parameter."""
-    mixed: dict[int, Array] = {}
-    for count in sorted(set(visits_of)):
-        # Two lanes of about as many bytes.
-        lanes: tuple[list[int], list[int]] = [], []
-        for number in sorted(range(len(averages)), key=lambda number: -averages[number].size):
-            if visits_of[number] == count:
-                min(lanes, key=lambda lane: sum(averages[n].size for n in lane)).append(number)
-        lead, trail = lanes
+    """`mix` of averages that are in host memory, in `count` visits, with their parameters."""
+    lanes: tuple[list[int], list[int]] = [], []  # Of about as many bytes.
+    for number in sorted(range(len(averages)), key=lambda number: -averages[number].size):
+        min(lanes, key=lambda lane: sum(averages[n].size for n in lane)).append(number)
+    (lead, p_lead), (trail, p_trail) = (
+        ([averages[n] for n in lane], [params[n] for n in lane]) for lane in lanes
+    )
 
-        def some(i, lane, here, count=count):
-            return list(map(mix, here, visits.part([params[number] for number in lane], i, count)))
+    def on_lead(i, _, here):
+        return list(map(mix, here, visits.part(p_lead, i, count)))
 
-        found = visits.in_turns(
-            count,
-            [averages[number] for number in lead],
-            [averages[number] for number in trail],
-            None,
-            lambda i, _, here, lane=lead: some(i, lane, here),  # noqa: B023
-            lambda i, _, old, here, lane=trail: (some(i, lane, here), None),  # noqa: B023
-        )
-        mixed |= zip(lead + trail, found[0] + found[1], strict=True)
+    def on_trail(i, _, old, here):
+        return list(map(mix, here, visits.part(p_trail, i, count))), None
+
+    lead, trail, _ = visits.in_turns(count, lead, trail, None, on_lead, on_trail)
+    mixed = dict(zip(lanes[0] + lanes[1], lead + trail, strict=True))
     return [mixed[number] for number in range(len(averages))]
 
 
@@ -97,4 +94,4 @@ def _visits(shape: tuple[int, ...], sharding: Sharding) -> int:
     spec = sharding.spec if isinstance(sharding, NamedSharding) else ()
     if not shape or (spec and spec[0] is not None):
         return 1
-    return max(n for n in range(1, MAX_SLICES + 1) if shape[0] % n == 0)
+    return max(n for n in range(1, MAX_PARTS + 1) if shape[0] % n == 0)
