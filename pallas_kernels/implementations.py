@@ -9,11 +9,13 @@ import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
+from typing import Any
 
 import jax
 
 log = logging.getLogger("pallas_kernels")
 
+_alone: Any = jax.make_user_context(False)
 _target: ContextVar[str | None] = ContextVar("target_platform", default=None)
 
 
@@ -27,20 +29,20 @@ def platform() -> str:
 
 
 def on_one_device() -> bool:
-    """Whether operands are whole on one device: there is one, or all mesh axes are manual, or of size one.
+    """Whether operands are whole on one device: there is one, or `one_device`, or all mesh axes are manual.
 
     The compiler does not partition our kernels: on several devices they need `shard_map`.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    return jax.device_count() == 1 or (not mesh.empty and (mesh.are_all_axes_manual or mesh.size == 1))
+    return jax.device_count() == 1 or _alone.value or (not mesh.empty and mesh.are_all_axes_manual)
 
 
-def one_device() -> contextlib.AbstractContextManager:
-    """Says that operands are whole on one device, of however many there are, where functions are traced.
+def one_device(alone: bool = True) -> contextlib.AbstractContextManager:
+    """Says inside the block that operands are whole on one device, of however many there are, or are not.
 
-    What was traced outside the block is traced anew inside it.
+    `jit` traces anew what it has traced where the other was said.
     """
-    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("device",)))
+    return _alone(alone)
 
 
 @contextlib.contextmanager

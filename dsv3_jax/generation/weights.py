@@ -32,8 +32,7 @@ class Weights(NamedTuple):
 
 def kernels_for(weights: Weights) -> contextlib.AbstractContextManager:
     """Where programs that read `weights` are called: our kernels need these on one device, of any number."""
-    alone = len(weights.embedding.devices()) == 1
-    return implementations.one_device() if alone else contextlib.nullcontext()
+    return implementations.one_device(len(weights.embedding.devices()) == 1)
 
 
 def prepare(

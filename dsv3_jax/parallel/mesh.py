@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dsv3_jax.config import MeshConfig
 from dsv3_jax.mesh_checks import mesh_shape
 from dsv3_jax.parallel.transport import Wire, choose
+from pallas_kernels import implementations
 
 AXES = ("pipe", "data", "expert")
 
@@ -58,9 +59,8 @@ def use_mesh(mesh: Mesh | None, options: MeshConfig | None = None, *, manual: bo
         device, nothing is left to lay out, and the routed experts use the axis `expert` as it is.
     """
     token = _current.set(_Current(mesh, options or MeshConfig(), manual))
-    alone = mesh is not None and mesh.size == 1
     try:
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh) if alone else contextlib.nullcontext():
+        with implementations.one_device(mesh is not None and mesh.size == 1):
             yield
     finally:
         _current.reset(token)
