@@ -42,10 +42,10 @@ class Load:
         rng = np.random.default_rng(1)
         indices = np.argpartition(rng.random((n * tokens, EXPERTS), np.float32), TOP_K, axis=1)[:, :TOP_K]
         rank = indices // (EXPERTS // n)
-        self.goes = np.stack([(rank == r).any(1).reshape(n, tokens) for r in range(n)], 1)
-        sent = self.sent = self.goes.sum(2, dtype=np.int32)  # [GPU, peer]
+        goes = np.stack([(rank == r).any(1).reshape(n, tokens).sum(1) for r in range(n)], 1)
+        self.sent = goes.astype(np.int32)  # [GPU, peer]
         # Tokens that leave a GPU, counted for each peer.
-        self.crossing = float(sent.sum() - np.trace(sent)) / n
+        self.crossing = float(goes.sum() - np.trace(goes)) / n
         self.indices = jax.device_put(indices.astype(np.int32), self.place)
         self.x = jax.jit(
             lambda: jax.random.normal(jax.random.key(0), (n * tokens, width), jnp.bfloat16),
@@ -151,18 +151,4 @@ def copies(tokens: int = TOKENS, width: int = WIDTH) -> dict[str, dict[str, floa
             2 * width * load.crossing,
             elapsed,
         )
-    del buffer, expected
-    # The same, each slot's row read where the token is.
-    index = np.full((n * n, slots), tokens, np.int32)
-    for row, mask in zip(index, load.goes.reshape(n * n, tokens), strict=True):
-        row[: mask.sum()] = np.flatnonzero(mask)[:slots]
-    index = jax.device_put(index, load.place)
-    by_index = load.mapped(
-        lambda x, i, *c: reference.copy(jnp.take(x, i, axis=0, mode="clip"), *c, "expert", 1)
-    )(load.x, index, *counts)
-    for how in DIVISIONS[:5]:
-        run = functools.partial(mosaic_gpu.send, axis="expert", stride=1, how=mosaic_gpu.How(*how))
-        elapsed, *_ = load.seconds(run, load.x, index, *counts, same_as=by_index)
-        name = "remote, by index: {} programs, {} bytes a piece, {} stages, {} leaving".format(*how)
-        load.note(name, 2 * width * load.crossing, elapsed)
     return load.found

@@ -139,11 +139,7 @@ class Hop(NamedTuple):
 
     def send(self, x: Shaped[Array, "tokens *d"]) -> Shaped[Array, "all_slots *d"]:
         """The slots that arrive on this rank."""
-        counts = self.sent, self.received
-        if self.wire.transport == "remote":  # Without a buffer between.
-            slots = move(x, self.wire, *counts, self.token)
-        else:
-            slots = move(take(x, self.token), self.wire, *counts)
+        slots = move(take(x, self.token), self.wire, self.sent, self.received)
         return slots.reshape(-1, *x.shape[1:])
 
     def home(self, slots: Float[Array, "all_slots d"]) -> Float[Array, "tokens d"]:

@@ -90,42 +90,37 @@ def problems(transport: str, devices: Sequence[Any]) -> list[tuple[str, str, str
 
 
 def move(
-    buffer: Shaped[Array, "..."],
+    buffer: Shaped[Array, "ranks slots *rest"],
     wire: Wire,
     sent: Int[Array, " ranks"],
     received: Int[Array, " ranks"],
-    index: Int[Array, "ranks slots"] | None = None,
-) -> Shaped[Array, "ranks slots ..."]:
+) -> Shaped[Array, "ranks slots *rest"]:
     """What the ranks of the axis have for this one, by source; what lies past `received` is not defined.
 
     Args:
-      buffer: `[ranks, slots, ...]`, by destination; with an index, `[rows, ...]`.
+      buffer: by destination.
       wire: the axis and the transport.
       sent: slots in use, from the first, for each destination.
       received: the same of what arrives.
-      index: the row of `buffer` in each slot, for `remote` alone, which reads it there.
     """
-    args = wire, sent, received, index
-    if buffer.dtype.itemsize == 1 and buffer.shape[-1] % 4 == 0:
+    if buffer.dtype.itemsize == 1 and buffer.ndim == 3 and buffer.shape[2] % 4 == 0:
         # Collectives know the usual dtypes on every platform: 8-bit floats travel as words.
-        words = lax.bitcast_convert_type(buffer.reshape(*buffer.shape[:-1], -1, 4), jnp.uint32)
-        moved = lax.bitcast_convert_type(move(words, *args), buffer.dtype)
-        return moved.reshape(*moved.shape[:-2], buffer.shape[-1])
+        words = lax.bitcast_convert_type(buffer.reshape(*buffer.shape[:2], -1, 4), jnp.uint32)
+        return lax.bitcast_convert_type(move(words, wire, sent, received), buffer.dtype).reshape(buffer.shape)
     if buffer.dtype.itemsize == 1:
-        moved = move(lax.bitcast_convert_type(buffer, jnp.uint8).astype(jnp.int32), *args)
+        moved = move(lax.bitcast_convert_type(buffer, jnp.uint8).astype(jnp.int32), wire, sent, received)
         return lax.bitcast_convert_type(moved.astype(jnp.uint8), buffer.dtype)
     if wire.transport == "gather":
         return lax.all_gather(buffer, wire.axis, axis_index_groups=wire.peers)[:, wire.rank()]
     if wire.transport == "dense":
         return lax.all_to_all(buffer, wire.axis, 0, 0, axis_index_groups=wire.peers)
-    return _remote(buffer, *args) if wire.transport == "remote" else _ragged(buffer, wire, sent, received)
+    return (_remote if wire.transport == "remote" else _ragged)(buffer, wire, sent, received)
 
 
-def _remote(buffer, wire: Wire, sent, received, index):
+def _remote(buffer, wire: Wire, sent, received):
     kernel = "mosaic_tpu" if platform() == "tpu" else "mosaic_gpu"
-    where = wire.axis, wire.stride
     try:
-        return remote_all_to_all(buffer, sent, received, *where, index=index, implementation=kernel)
+        return remote_all_to_all(buffer, sent, received, wire.axis, wire.stride, implementation=kernel)
     except UnsupportedError as error:
         raise ValueError(f"mesh.transport = 'remote': take 'dense' ({error})") from error
 

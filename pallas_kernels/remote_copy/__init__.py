@@ -19,29 +19,26 @@ IMPLEMENTATIONS = tuple(_MODULES)
 
 
 def remote_all_to_all(
-    buffer: Shaped[Array, "..."],
+    buffer: Shaped[Array, "ranks slots *rest"],
     sent: Int[Array, " ranks"],
     received: Int[Array, " ranks"],
     axis: str,
     stride: int = 1,
     *,
-    index: Int[Array, "ranks slots"] | None = None,
     implementation: str = "auto",
-) -> Shaped[Array, "ranks slots ..."]:
+) -> Shaped[Array, "ranks slots *rest"]:
     """Rank i's `buffer[j, :sent[j]]` becomes rank j's `result[i, :received[i]]`; the slots behind are zero.
 
     To be called inside `shard_map`, by all devices of the mesh together. Its gradient is the same with
     swapped counts.
 
     Args:
-      buffer: slots by destination, `[ranks, slots, ...]`, in a dtype of 2 or 4 bytes.
+      buffer: slots by destination, in a dtype of 2 or 4 bytes.
       sent: slots in use, from the first, for each destination.
       received: the same of what arrives: rank i's `received[j]` is rank j's `sent[i]`.
       axis: the mesh axis; the ranks that exchange with each other are `stride` apart on it, and blocks of
         `ranks * stride` positions follow each other.
       stride: see `axis`.
-      index: the row of each slot, where `buffer` is a table of rows `[rows, ...]`: `buffer[index]` is sent,
-        and on GPUs not made. Of slots that are not in use it may be any number.
       implementation: `"auto"`, or one by name: `"mosaic_gpu"` (Hopper, one process), `"mosaic_tpu"` (one
         slice) or `"reference"` (a dense all-to-all of all slots).
 
@@ -49,11 +46,11 @@ def remote_all_to_all(
       ValueError: shapes or dtypes do not fit, or `implementation` does not exist.
       UnsupportedError: the named implementation cannot run this call.
     """
-    slots = buffer.shape[:2] if index is None else index.shape
-    if len(slots) != 2 or not sent.shape == received.shape == slots[:1]:
+    ranks = buffer.shape[0]
+    if buffer.ndim < 2 or sent.shape != (ranks,) or received.shape != (ranks,):
         raise ValueError(
-            f"remote_all_to_all: {slots} slots, sent {sent.shape} and received {received.shape} do not fit; "
-            "expected [ranks, slots], [ranks] and [ranks]"
+            f"remote_all_to_all: buffer {buffer.shape}, sent {sent.shape} and received {received.shape} do "
+            "not fit; expected [ranks, slots, ...], [ranks] and [ranks]"
         )
     if buffer.dtype.itemsize not in (2, 4):
         raise ValueError(
@@ -66,30 +63,23 @@ def remote_all_to_all(
     preference = {platform: (*kernels, "reference") for platform, kernels in ours.items()}
     chosen = implementations.choose("remote_all_to_all", implementation, constraints, preference)
     with jax.named_scope(f"remote_all_to_all_{chosen}"):
-        integers = (x if x is None else x.astype(jnp.int32) for x in (index, sent, received))
-        return _exchange(buffer, *integers, axis, stride, chosen)
+        return _exchange(buffer, sent.astype(jnp.int32), received.astype(jnp.int32), axis, stride, chosen)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _exchange(buffer, index, sent, received, axis, stride, chosen):
-    if index is not None and chosen == "mosaic_gpu":
-        return mosaic_gpu.send(buffer, index, sent, received, axis, stride)
-    if index is not None:
-        buffer = jnp.take(buffer, index, axis=0, mode="clip")
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _exchange(buffer, sent, received, axis, stride, chosen):
+    if not buffer.size:
+        return buffer
     return _MODULES[chosen].copy(buffer, sent, received, axis, stride)
 
 
-def _forward(buffer, index, sent, received, *how):
-    # The zeros are for the shape of the gradient, and made only if it is.
-    table = None if index is None else jnp.zeros_like(buffer)
-    return _exchange(buffer, index, sent, received, *how), (table, index, sent, received)
+def _forward(buffer, sent, received, *how):
+    return _exchange(buffer, sent, received, *how), (sent, received)
 
 
-def _backward(axis, stride, chosen, kept, d_result):
-    table, index, sent, received = kept
-    d_slots = _exchange(d_result, None, received, sent, axis, stride, chosen)
-    d_buffer = d_slots if table is None else table.at[index].add(d_slots, mode="drop")
-    return d_buffer, None, None, None
+def _backward(axis, stride, chosen, counts, d_result):
+    sent, received = counts
+    return _exchange(d_result, received, sent, axis, stride, chosen), None, None
 
 
 _exchange.defvjp(_forward, _backward)
