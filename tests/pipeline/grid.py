@@ -2,7 +2,7 @@
 
 About 40 minutes of one core, so pytest does not find it unless it is named; every change runs a part of it in
 `test_train_step.py`. `-k "dualpipe and mtp2"` runs some of it. Micro-batches and meshes take turns; with
-DSV3_GRID=all every schedule has all of them, four hours of one core: for many cores, with `-n 48
+DSV3_GRID=all every schedule has all of them, more than two hours of one core: for many cores, with `-n 22
 --maxschedchunk 1`. With 16 devices (XLA_FLAGS) 8 ranks have other axes beside them, too.
 """
 

@@ -23,7 +23,8 @@ CASES = {
         name="1f1b",
         mesh=MeshConfig(pipe=2, data=2, expert=2, sharding="fsdp"),
         mtp=1,
-        moe=dict(n_dense_layers=0),
+        # Whose sums do not depend on how many experts a device has: see `grid.py`.
+        moe=dict(n_dense_layers=0, implementation="blocked"),
     ),
     "dualpipe, 2 x 2 x 1, ZeRO-1, remat": dict(
         name="dualpipe", mesh=MeshConfig(pipe=2, data=2, sharding="zero1"), mtp=1, remat="full"
@@ -39,7 +40,7 @@ def test_gradients_equal_those_without_a_pipeline(case):
     fields = dict(CASES[case])
     moe = dict(batch_loss=0.1, n_shared=0) | fields.pop("moe", {})
     found = errors(config(micros=4, rows=16, layers=2, moe=moe, **fields))
-    # Sums of float32 terms in another order: entries differ by 9e-7 of an array's largest one at most; in
+    # Sums of float32 terms in another order: entries differ by 4e-7 of an array's largest one at most; in
     # float64 (`grid.py`) by 1e-15.
     assert found.loss <= 1e-6 and found.entry <= 1e-6 and found.norm <= 1e-6 and found.counts == 0, found
 
