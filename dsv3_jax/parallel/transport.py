@@ -4,13 +4,13 @@
 
 - `dense`: one all-to-all of whole buffers.
 - `ragged`: the slots in use alone, cut into many updates a peer: XLA's GPU kernel works on updates in
-  parallel, and with one a peer it uses little of the link. Not on CPU.
+  parallel, and with one a peer it uses little of the link (3 GB/s on an H200). Not on CPU.
 - `remote`: the slots in use alone, copied by a Pallas kernel straight into the peer's result
   (`pallas_kernels.remote_copy`): on Hopper in one process, on TPU in one slice.
 - `gather`: everybody gets everything and takes its part; the plain reference.
 
-Measured on two H200s, GB/s a GPU: dense 279; ragged 3 with one update a peer, 189 with 512. So `auto` is
-dense, and ragged on TPU, whose compiler has it as an operation of its own.
+Dispatch and combine of 32k tokens x 7168 on two H200s: dense 3.97 ms, ragged 4.41, remote 3.96, but this one
+cannot run beside other work. So `auto` is dense, and ragged on TPU, whose compiler has it as its own operation.
 """
 
 import dataclasses
