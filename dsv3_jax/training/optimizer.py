@@ -13,9 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from dsv3_jax.config import OptimizerConfig
+from dsv3_jax.parallel.mesh import current_mesh
 from dsv3_jax.training import visits
 
 Params = Any  # A nested dict of fp32 arrays: Flax's "params" collection.
@@ -125,22 +127,38 @@ def _visiting(
 ) -> list[tuple[Array, Array, Array]]:
     """`leaf` of every row (p, g, mu, nu, decays) whose moments are in host memory and stay there.
 
-    Stacked ones visit layer by layer, so that the device has room for one layer's moments. The first moment
-    needs the gradient alone (`first`); while it leaves, the second arrives.
+    Stacked ones visit layer by layer, so that the device has room for few of them. The first moment needs the
+    gradient alone (`first`): while it leaves, the second arrives.
     """
     updated: dict[int, tuple[Array, Array, Array]] = {}
+    on_mesh = current_mesh() is not None
     for count in sorted(set(layers)):
         chosen = [number for number, n in enumerate(layers) if n == count]
-        p, g, mu, nu, decays = map(list, zip(*(rows[number] for number in chosen), strict=True))
+        chosen.sort(key=lambda number: -rows[number][0].size)
+        cuts = [visits.blocks(rows[number][2], count, on_mesh) for number in chosen]
+        decays = [rows[number][4] for number in chosen]
+        p, g, mu, nu = (
+            [visits.cut(rows[number][column], n) for number, n in zip(chosen, cuts, strict=True)]
+            for column in range(4)
+        )
 
-        def on_mu(i, p, mu, g=g, count=count):
-            return list(map(first, visits.part(g, i, count), mu))
+        def visit(turn: visits.Turn, state, g=g, decays=decays, cuts=cuts):
+            (p, mu, nu), last = map(list, state), -1
+            for k, of in enumerate(cuts):
+                for block in range(of):
+                    at = block, of
+                    gradient, old = turn.take(g[k], *at), turn.arrive(mu[k], *at)
+                    mu[k] = turn.leave(mu[k], first(gradient, old), *at)
+                    if last >= 0:  # What the last block's parameters need goes, before more comes.
+                        p[last], nu[k] = lax.optimization_barrier((p[last], nu[k]))
+                    there, last = turn.arrive(nu[k], *at), k
+                    new_p, _, new_nu = leaf(turn.take(p[k], *at), gradient, old, there, decays[k])
+                    nu[k] = turn.leave(nu[k], new_nu, *at)
+                    p[k] = turn.put(p[k], new_p, *at)
+            return p, mu, nu
 
-        def on_nu(i, p, mu, nu, g=g, decays=decays, count=count):
-            here = visits.part((p, g), i, count)
-            new_p, _, new_nu = zip(*map(leaf, *here, mu, nu, decays), strict=True)
-            return list(new_nu), visits.with_part(p, list(new_p), i)
-
-        mu, nu, p = visits.in_turns(count, mu, nu, p, on_mu, on_nu)
-        updated |= zip(chosen, zip(p, mu, nu, strict=True), strict=True)
+        found = visits.in_turns(count, (p, mu, nu), visit)
+        for number, *new in zip(chosen, *found, strict=True):
+            shape = rows[number][0].shape
+            updated[number] = new[0].reshape(shape), new[1].reshape(shape), new[2].reshape(shape)
     return [updated[number] for number in range(len(rows))]

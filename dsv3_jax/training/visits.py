@@ -1,9 +1,9 @@
-"""State in host memory that visits the device part by part.
+"""State in host memory that visits the device block by block.
 
 The link to the host carries both directions at once, but what XLA reads of an array waits for what it writes
-there. So arrays visit in two lanes that take turns:
+there, and one turn of a loop waits for the last. So in each turn blocks of several arrays go in a chain:
 
-    lead 0 arrives | it leaves, trail 0 arrives | it leaves, lead 1 arrives | it leaves, trail 1 arrives | ...
+    a arrives | it leaves, b arrives | it leaves, a's next arrives | it leaves, b's next arrives | ...
 """
 
 from collections.abc import Callable
@@ -13,75 +13,62 @@ import jax
 from jax import lax
 from jaxtyping import Array, Int
 
-Tree = Any  # Of arrays.
 Index = Int[Array, ""] | int
+State = Any  # A tree of arrays that a loop updates.
+BLOCK_BYTES = 192 << 20  # At most so much visits at once, where an array can be cut so.
 
 
-def part(tree: Tree, i: Index, count: int) -> Tree:
-    """The i-th of `count` parts of every array, along the first axis."""
+def blocks(x: Array, turns: int, shared: bool) -> int:
+    """Blocks of a turn's part of `x`, along its second axis; 1 where devices may share that axis.
 
-    def cut(x: Array) -> Array:
-        rows = x.shape[0] // count
-        return lax.dynamic_slice_in_dim(x, i * rows, rows)
-
-    return tree if count == 1 else jax.tree.map(cut, tree)
-
-
-def with_part(tree: Tree, new: Tree, i: Index) -> Tree:
-    """`tree` with `new` in place of its i-th part."""
-
-    def put(x: Array, y: Array) -> Array:
-        return y if x.shape == y.shape else lax.dynamic_update_slice_in_dim(x, y, i * y.shape[0], 0)
-
-    return jax.tree.map(put, tree, new)
-
-
-def to_device(tree: Tree) -> Tree:
-    """The arrays in device memory."""
-    return jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Device), tree)
-
-
-def to_host(tree: Tree) -> Tree:
-    """The arrays in host memory."""
-    return jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Host), tree)
-
-
-def in_turns(
-    count: int,
-    lead: Tree,
-    trail: Tree,
-    kept: Tree,
-    on_lead: Callable[[Index, Tree, Tree], Tree],
-    on_trail: Callable[[Index, Tree, Tree, Tree], tuple[Tree, Tree]],
-) -> tuple[Tree, Tree, Tree]:
-    """Updates `lead` and `trail`, which are in host memory and stay there, in `count` visits.
-
-    Args:
-      count: visits; divides the length of every array's first axis.
-      lead: the arrays of one lane.
-      trail: the arrays of the other; best if a visit is as many bytes.
-      kept: on the device all the time.
-      on_lead: `(i, kept, the i-th part of lead) -> that part, new`.
-      on_trail: `(i, kept, the i-th part of lead as it was, that of trail) -> (trail's part, kept), new`.
-
-    Returns:
-      `(lead, trail, kept)` after the last visit.
+    Of one turn there are none: without a loop XLA copies parts by kernels, and only whole arrays by engines.
     """
+    if x.ndim < 2 or shared or turns == 1:
+        return 1
+    size = x.size * x.dtype.itemsize / turns
+    fits = (n for n in range(1, x.shape[1] + 1) if x.shape[1] % n == 0 and size / n <= BLOCK_BYTES)
+    return next(fits, x.shape[1])
 
-    def visit(i: Index, lead: Tree, trail: Tree, kept: Tree, here: Tree) -> tuple[Tree, Tree, Tree]:
-        new = on_lead(i, kept, here)
-        # Trail sets out once lead is ready to leave: else XLA would wait for both, and update them at once.
-        new, trail = lax.optimization_barrier((new, trail))
-        arrived = to_device(part(trail, i, count))
-        lead = with_part(lead, to_host(new), i)
-        new, kept = on_trail(i, kept, here, arrived)
-        return lead, with_part(trail, to_host(new), i), kept
 
-    def turn(i: Index, state: tuple[Tree, Tree, Tree, Tree]) -> tuple[Tree, Tree, Tree, Tree]:
-        lead, trail, kept = visit(i, *state)
-        return lead, trail, kept, to_device(part(lead, i + 1, count))
+def cut(x: Array, n: int) -> Array:
+    """`x` with `n` blocks of its second axis in the first: copy engines take what one index says."""
+    return x if n == 1 else x.reshape(x.shape[0] * n, x.shape[1] // n, *x.shape[2:])
 
-    state = lead, trail, kept, to_device(part(lead, 0, count))
-    if count > 1:
-        state = lax.fori_loop(0, count - 1, turn, state)
-    return visit(count - 1, *state)
+
+class Turn:
+    """One turn of `turns`: the `index`-th part of arrays along their first axis, in blocks."""
+
+    def __init__(self, index: Index, turns: int) -> None:
+        self.index, self.turns = index, turns
+        self._ready: Array | None = None
+
+    def take(self, x: Array, block: int = 0, of: int = 1) -> Array:
+        """A block of this turn's part of `x`."""
+        if self.turns * of == 1:
+            return x
+        rows = len(x) // (self.turns * of)
+        return lax.dynamic_slice_in_dim(x, (self.index * of + block) * rows, rows)
+
+    def put(self, x: Array, new: Array, block: int = 0, of: int = 1) -> Array:
+        """`x` with that block replaced."""
+        if self.turns * of == 1:
+            return new
+        return lax.dynamic_update_slice_in_dim(x, new, (self.index * of + block) * len(new), 0)
+
+    def arrive(self, x: Array, block: int = 0, of: int = 1) -> Array:
+        """A block of `x`, in host memory, on the device. It sets out when the last one is ready to leave."""
+        if self._ready is not None:  # Else XLA would wait for both, and update them together.
+            self._ready, x = lax.optimization_barrier((self._ready, x))
+        return jax.device_put(self.take(x, block, of), jax.memory.Space.Device)
+
+    def leave(self, x: Array, new: Array, block: int = 0, of: int = 1) -> Array:
+        """`x`, in host memory, with that block replaced by `new`, which is on the device."""
+        self._ready = new
+        return self.put(x, jax.device_put(new, jax.memory.Space.Host), block, of)
+
+
+def in_turns(turns: int, state: State, visit: Callable[[Turn, State], State]) -> State:
+    """`state` after `visit` of every turn."""
+    if turns == 1:
+        return visit(Turn(0, 1), state)
+    return lax.fori_loop(0, turns, lambda i, state: visit(Turn(i, turns), state), state)

@@ -1,36 +1,82 @@
-"""State in host memory that visits the device, against numpy: every part, once, in order."""
+"""State in host memory that visits the device, against numpy and against the same state on the device."""
+
+import dataclasses
 
 import jax
 import numpy as np
 import pytest
+from jax.sharding import SingleDeviceSharding
 
-from dsv3_jax.training import visits
+from dsv3_jax.config import OptimizerConfig
+from dsv3_jax.training import ema, optimizer, visits
+
+DEVICE = SingleDeviceSharding(jax.devices()[0])
+HOST = DEVICE.with_memory_kind("pinned_host")
 
 
-@pytest.mark.parametrize("count", [1, 2, 6])
-def test_every_part_is_updated_once_with_the_parts_that_came_with_it(count):
-    rng = np.random.default_rng(count)
-    lead, trail, kept = ({"a": rng.integers(0, 9, (6, 2)), "b": rng.integers(0, 9, (12,))} for _ in range(3))
-
-    def on_lead(i, kept, here):
-        return jax.tree.map(lambda x, y: x * 3 + y + i, here, visits.part(kept, i, count))
-
-    def on_trail(i, kept, old, here):
-        # `old` is what lead's part was before.
-        mixed = jax.tree.map(lambda x, y, z: x + 5 * y + z, old, here, visits.part(kept, i, count))
-        return mixed, visits.with_part(kept, jax.tree.map(lambda x: x + i, mixed), i)
+@pytest.mark.parametrize("turns", [1, 2, 6])
+def test_every_block_is_updated_once_and_keeps_its_place(turns):
+    rng = np.random.default_rng(turns)
+    a, b = rng.integers(0, 9, (6, 4, 2)), rng.integers(0, 9, (12,))
 
     @jax.jit
-    def update(lead, trail, kept):
-        lead, trail = visits.to_host((lead, trail))
-        return visits.in_turns(count, lead, trail, kept, on_lead, on_trail)
+    def update(a, b):
+        def visit(turn, state):
+            a, b = state
+            for block in range(2):
+                here = turn.arrive(a, block, 2)
+                a = turn.leave(a, 10 * here + block + 2 * turn.index, block, 2)
+            return a, turn.leave(b, 10 * turn.arrive(b) + turn.index)
 
-    found = update(lead, trail, kept)
-    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(found[:2])} == {"pinned_host"}
-    for name in lead:
-        rows = len(lead[name])
-        i = (np.arange(rows) * count // rows).reshape(rows, *[1] * (lead[name].ndim - 1))
-        mixed = lead[name] + 5 * trail[name] + kept[name]
-        expected = lead[name] * 3 + kept[name] + i, mixed, mixed + i
-        for ours, exact in zip(found, expected, strict=True):
-            np.testing.assert_array_equal(ours[name], exact)
+        a, b = jax.device_put((visits.cut(a, 2), b), jax.memory.Space.Host)
+        return visits.in_turns(turns, (a, b), visit)
+
+    ours, other = update(a, b)
+    assert {ours.sharding.memory_kind, other.sharding.memory_kind} == {"pinned_host"}
+    # Half of the second axis at a time, in order, within each turn's rows of the first.
+    which = np.arange(6 * 2) * 2 * turns // 12
+    np.testing.assert_array_equal(ours.reshape(12, 2, 2), 10 * a.reshape(12, 2, 2) + which[:, None, None])
+    np.testing.assert_array_equal(other, 10 * b + np.arange(12) * turns // 12)
+
+
+SHAPES = {"moe_layers": {"a": (3, 8, 5), "b": (3, 6), "scale": (3, 4)}, "embedding": (9, 4), "scale": (4,)}
+
+
+def random(seed):
+    rng = np.random.default_rng(seed)
+    shapes, tree = jax.tree.flatten(SHAPES, is_leaf=lambda shape: isinstance(shape, tuple))
+    return tree.unflatten([rng.standard_normal(shape).astype(np.float32) for shape in shapes])
+
+
+@pytest.mark.parametrize("block_bytes", [visits.BLOCK_BYTES, 32])
+def test_moments_and_average_are_the_same_in_host_memory(monkeypatch, block_bytes):
+    monkeypatch.setattr(visits, "BLOCK_BYTES", block_bytes)
+
+    def run(memory, place):
+        config = dataclasses.replace(OptimizerConfig(moment_dtype="bfloat16"), memory=memory)
+        params = jax.device_put(random(0), DEVICE)
+        moments = optimizer.init(params, config)
+        layout = jax.tree.map(lambda _: place, moments)._replace(count=DEVICE)
+        params_layout = jax.tree.map(lambda _: DEVICE, params)
+        ema_layout = ema.shardings(params_layout, memory)
+
+        def update(params, moments, grads, finite):
+            return optimizer.adamw_update(params, grads, moments, 0.01, 0.7, config, finite)
+
+        step = jax.jit(update, donate_argnums=(0, 1), out_shardings=(params_layout, layout))
+        mix, average = ema.make_update(0.9, ema_layout), ema.init(params, ema_layout)
+        moments = jax.device_put(moments, layout)
+        for i in range(3):
+            params, moments = step(params, moments, random(i + 1), i != 1)
+            average = mix(average, params, jax.numpy.asarray(i != 1))
+        assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves((moments.mu, average))} == {
+            place.memory_kind
+        }
+        return jax.device_get((params, moments, average))
+
+    ours, plain = run("host", HOST), run("device", DEVICE)
+    # The same arithmetic in other programs, where products and sums may contract: a rounding of float32 each,
+    # and for moments of bf16 that lie between two of its numbers, one of them.
+    for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
+        few = 2**-7 if x.dtype == jax.numpy.bfloat16 else 1e-6
+        np.testing.assert_allclose(np.float32(x), np.float32(y), rtol=few, atol=1e-6)
