@@ -13,6 +13,7 @@ profile two steps:
     both, CUDA graphs          the same as `train.py` runs it: the profile names fewer instructions
     one GPU, whole batch       what expert-parallel is compared with
     expert-parallel            two GPUs
+    ..., constant latencies    the same, scheduled without XLA's model of how long collectives take
 
 Checked first: losses beside those of `device`, bit by bit; one program that updates moments here and there;
 the average beside its recurrence in float64; the losses of expert-parallel beside one GPU's.
@@ -29,10 +30,10 @@ import re
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import traceback
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +52,12 @@ from benchmarks.profile_events import (  # noqa: E402
 
 FLAGS = "--xla_gpu_enable_latency_hiding_scheduler=true"
 NO_GRAPHS = "--xla_gpu_enable_command_buffer="
+CONSTANT = "--xla_gpu_enable_analytical_sol_latency_estimator=false"
 DECAY = 0.99
 AVERAGE = f"--config.train.ema_decay={DECAY}"
 BOTH = [AVERAGE, "--config.optimizer.memory=host", "--config.train.ema_memory=host"]
 WHOLE = "--config.train.batch_size=16"
+SPREAD = [WHOLE, "--config.mesh.expert=2", "--config.mesh.sharding=zero1"]
 # Of four GPUs those that it runs on, and overrides of the configuration.
 CASES: dict[str, tuple[tuple[int, ...], list[str]]] = {
     "moments": ((0,), ["--config.optimizer.memory=host"]),
@@ -64,7 +67,8 @@ CASES: dict[str, tuple[tuple[int, ...], list[str]]] = {
     "device": ((1,), []),
     "average on the device": ((1,), [AVERAGE]),
     "one GPU, whole batch": ((1,), [WHOLE]),
-    "expert-parallel": ((2, 3), [WHOLE, "--config.mesh.expert=2", "--config.mesh.sharding=zero1"]),
+    "expert-parallel": ((2, 3), SPREAD),
+    "expert-parallel, constant latencies": ((2, 3), SPREAD),
 }
 WARM = 3  # Steps before those that are timed; the average is checked after them.
 PROFILED = 2
@@ -217,8 +221,8 @@ def schedule(text: str) -> dict:
 # ---------------------------------------------------------------- one case
 
 
-def measure(argv: list[str], steps: int) -> dict:
-    """One case, in this process."""
+def measure(argv: list[str], steps: int, ready: Callable[[], None] = lambda: None) -> dict:
+    """One case, in this process; `ready` is called when it has compiled, and returns when it may run."""
     import train as trainer
 
     config, _ = trainer.parse(argv)
@@ -256,8 +260,7 @@ def measure(argv: list[str], steps: int) -> dict:
         update = jitted.lower(whole, abstract.params, finite).compile()
         text += update.as_text()
     row: dict = {"compile_seconds": time.perf_counter() - started, "mesh": dict(mesh.shape)}
-    if not steps:
-        return row
+    ready()
     row |= {"jax": jax.__version__, "gpu": jax.devices()[0].device_kind}
     state = init_state(config, mesh)
     if update:
@@ -384,7 +387,7 @@ def verdicts(rows: dict) -> dict:
         if "losses" not in row:
             continue
         mine: dict = {"finite": row["finite"]}
-        other = rows.get("one GPU, whole batch" if name == "expert-parallel" else "device", {})
+        other = rows.get("one GPU, whole batch" if name.startswith("expert") else "device", {})
         if "losses" in other and name not in ("device", "one GPU, whole batch"):
             pairs = list(zip(row["losses"], other["losses"], strict=False))
             mine["losses"] = len(pairs)
@@ -401,17 +404,20 @@ def verdicts(rows: dict) -> dict:
     return found
 
 
-def start(name: str, gpus: tuple[int, ...], steps: int, layers: int, log: Path) -> subprocess.Popen:
+def start(name: str, gpus: tuple[int, ...], steps: int, layers: int, folder: Path) -> subprocess.Popen:
+    """`measure` in a process of its own, which writes to files of the case's name in the folder."""
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))}
     flags = FLAGS if "CUDA graphs" in name else f"{FLAGS} {NO_GRAPHS}"
+    if "constant" in name:
+        flags += f" {CONSTANT}"
     environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
     environment.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # All compile at once.
     # The client's own limit on pinned memory is 64 GB.
     environment.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", "110")
     argv = ["--config=configs/small_gpu.py", f"--config.model.n_layers={layers}"]
     argv += ["--config.model.moe.bias_speed=0.02", *CASES[name][1]]
-    command = [sys.executable, __file__, f"--child={log}.json", f"--steps={steps}", *argv]
-    with open(log, "w") as file:
+    command = [sys.executable, __file__, f"--child={folder / name}.json", f"--steps={steps}", *argv]
+    with open(folder / f"{name}.log", "w") as file:
         return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
 
 
@@ -422,10 +428,20 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=600, help="the longest that all may take")
     parser.add_argument("--cases", default=";".join(CASES))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/overlap.json"))
-    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--after", type=Path, help="a file: before it exists no case runs on several GPUs")
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     arguments, configuration = parser.parse_known_args()
     if arguments.child:
-        Path(arguments.child).write_text(json.dumps(measure(configuration, arguments.steps)))
+
+        def ready():
+            arguments.child.with_suffix(".compiled").touch()
+            while not arguments.child.with_suffix(".go").exists():
+                time.sleep(0.1)
+
+        row = measure(configuration, arguments.steps, ready)
+        part = arguments.child.with_suffix(".part")
+        part.write_text(json.dumps(row))
+        part.rename(arguments.child)
         sys.stdout.flush()
         os._exit(0)  # Freeing pinned memory takes seconds.
 
@@ -433,52 +449,39 @@ def main() -> int:
     count = len(listed.stdout.strip().splitlines())
     wanted = arguments.cases.split(";")
     gpus_of = {name: CASES[name][0] if count >= 4 else tuple(range(len(CASES[name][0]))) for name in wanted}
-    queues: dict[Any, list[str]] = defaultdict(list)
-    for name in wanted:
-        queues[gpus_of[name] if count >= 4 else ()].append(name)
     rows: dict[str, dict] = {}
-    began, lock = time.time(), threading.Lock()
-
-    def wait(child: subprocess.Popen) -> None:
-        try:
-            child.wait(max(1, arguments.seconds - (time.time() - began)))
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
-
-    def serve(names: list[str], folder: Path) -> None:
-        for name in names:
-            log = folder / name
-            child = start(name, gpus_of[name], arguments.steps, arguments.layers, log)
-            wait(child)
-            result = Path(f"{log}.json")
-            row = {"failed": child.returncode, "output": log.read_text()[-2500:]}
-            if result.exists():
-                row = json.loads(result.read_text())
-            row["gpus"] = gpus_of[name]
-            with lock:
-                rows[name] = row
+    began, running = time.time(), set()
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        waiting = {
+            name: start(name, gpus, arguments.steps, arguments.layers, folder)
+            for name, gpus in gpus_of.items()
+        }
+        while waiting:
+            time.sleep(0.5)
+            if time.time() - began > arguments.seconds:
+                for child in waiting.values():
+                    child.kill()
+            # They compile side by side, and run when all have, in order, alone on their GPUs.
+            running &= waiting.keys()
+            if all((folder / f"{name}.compiled").exists() for name in waiting):
+                for name in waiting:
+                    late = arguments.after and len(gpus_of[name]) > 1 and not arguments.after.exists()
+                    busy = {gpu for other in running for gpu in gpus_of[other]}
+                    if name not in running and not late and not busy & set(gpus_of[name]):
+                        (folder / f"{name}.go").touch()
+                        running.add(name)
+            for name in [name for name, child in waiting.items() if child.poll() is not None]:
+                code, result = waiting.pop(name).returncode, folder / f"{name}.json"
+                row = {"failed": code, "output": (folder / f"{name}.log").read_text()[-2500:]}
+                if result.exists():
+                    row = json.loads(result.read_text())
+                rows[name] = row | {"gpus": gpus_of[name]}
                 settings = {"layers": arguments.layers, "flags": FLAGS}
                 content = settings | {"checks": verdicts(rows), "cases": rows}
-                arguments.out.parent.mkdir(parents=True, exist_ok=True)
                 arguments.out.write_text(json.dumps(content, indent=1) + "\n")
-                print(f"{time.time() - began:.0f} s: {name}: {json.dumps(row)[:6000]}", flush=True)
-
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{folder}/compiled"
-        # Side by side; what runs then finds its program.
-        compiling = [
-            start(name, gpus_of[name], 0, arguments.layers, Path(folder) / f"compiling {name}")
-            for name in wanted
-        ]
-        for child in compiling:
-            wait(child)
-        print(f"{time.time() - began:.0f} s: compiled", flush=True)
-        threads = [threading.Thread(target=serve, args=(names, Path(folder))) for names in queues.values()]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+                print(f"{time.time() - began:.0f} s: {name}: {json.dumps(rows[name])[:6000]}", flush=True)
     checks = verdicts(rows)
     print(json.dumps(checks, indent=1))
     for name, row in rows.items():
