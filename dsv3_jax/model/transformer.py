@@ -75,8 +75,7 @@ class Block(nn.Module):
 def _stack(
     config: ModelConfig, length: int, moe: bool, remat: str, recipe: FP8Config | None, name: str
 ) -> nn.Module:
-    # The compiler unrolls a loop of one turn, and would merge what is computed again with the first time.
-    block = Block if remat == "none" else nn.remat(Block, policy=REMAT[remat], prevent_cse=length == 1)
+    block = Block if remat == "none" else nn.remat(Block, policy=REMAT[remat], prevent_cse=False)
     scanned = nn.scan(
         block,
         variable_axes={"params": 0, "router": 0},

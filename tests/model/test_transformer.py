@@ -195,24 +195,3 @@ def test_gradient_of_a_frequent_token_is_summed_in_float32():
     expected = found[jnp.float32]
     # bf16 keeps 8 bits: each of the terms, equal ones, is off by a few 2^-8 of the largest.
     np.testing.assert_allclose(found[jnp.bfloat16], expected, atol=0.05 * np.abs(expected).max())
-
-
-@pytest.mark.parametrize("layers", [1, 2])
-def test_the_backward_pass_computes_layers_again(layers):
-    """Also a single one, whose loop the compiler unrolls."""
-    config = dataclasses.replace(CONFIGS["gqa_dense"], n_layers=layers, mtp=MTPConfig(depth=0))
-    config = dataclasses.replace(config, moe=dataclasses.replace(config.moe, n_dense_layers=layers))
-
-    def flops(remat):
-        model = Transformer(config, remat=remat)
-        variables = jax.eval_shape(lambda key: init_variables(model, key), jax.random.key(0))
-
-        def loss(params, tokens):
-            return model.apply({"params": params}, tokens).hidden.sum()
-
-        tokens = jax.ShapeDtypeStruct((2, 6), jnp.int32)
-        program = jax.jit(jax.grad(loss)).lower(variables["params"], tokens).compile()
-        return program.cost_analysis()["flops"]
-
-    # XLA counts a loop's body once, so that a layer more is no more: the forward pass is a third of the work.
-    assert flops("full") > 1.15 * flops("none")
