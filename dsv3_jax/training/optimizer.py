@@ -4,7 +4,7 @@ The arithmetic is that of `optax.adamw` and the state is optax's. One function u
 and parameter together, so that every output can overwrite its input, and a step that is not finite is
 undone inside it. Selecting old or new state around a chain of optax transformations costs XLA:CPU a copy
 of the moments and half the speed; on an H200 both take the same memory and time. Moments in host memory
-visit the device a layer at a time.
+visit the device in blocks (`training.visits`).
 """
 
 from collections.abc import Callable
