@@ -56,6 +56,10 @@ def surroundings(config, workdir, place):
     gpus = any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
     if gpus and overlap not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {overlap}=true".strip()
+    if "host" in (config.optimizer.memory, config.train.ema_memory):
+        # The client pins 64 GB at most; moments and average of a large model take more.
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 30
+        os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", str(max(64, memory)))
     import jax
 
     from dsv3_jax import compilation_cache, data
