@@ -197,9 +197,6 @@ class MeshConfig:
     expert: int = 1  # Each holds its part of the experts; the batch is split over data x expert.
     # Over `data`: "replicated", "zero1" (optimizer state split, and experts) or "fsdp" (all parameters too).
     sharding: str = "replicated"
-    # How gradients travel whose sums the replicas split: of experts, embedding, head; in a pipeline of all.
-    # "float32", or "bfloat16": each is rounded once, the sum is taken in float32.
-    gradient_dtype: str = "float32"
     # How tokens reach experts elsewhere: "dense", "ragged", "remote" or "gather" (`parallel.transport`).
     transport: str = "auto"
     # Ranks of `expert` in a node: a token travels to a node once and is handed on there. 1: straight to each

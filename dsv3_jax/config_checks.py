@@ -86,7 +86,6 @@ _CHOICES = {
     "fp8.attention_output": ("fp8", "e5m6", "bf16"),
     "fp8.swiglu_input": ("fp8", "bf16"),
     "mesh.sharding": ("replicated", "zero1", "fsdp"),
-    "mesh.gradient_dtype": ("float32", "bfloat16"),
     "mesh.transport": ("auto", "dense", "ragged", "remote", "gather"),
 }
 
@@ -222,9 +221,6 @@ def _check_moe(report: _Report, model: ModelConfig) -> None:
 
 
 def _check_training(report: _Report, config: Config) -> None:
-    splits = config.mesh.sharding != "replicated"
-    fix = "float32 with mesh.sharding='replicated', where no sum is split; or mesh.sharding 'zero1' or 'fsdp'"
-    report.require(splits or config.mesh.gradient_dtype != "bfloat16", "mesh.gradient_dtype", fix)
     whole = config.fp8.activation_scales == config.fp8.weight_scales == "tensor"
     fix = "tiles are scaled as they are promoted; without it activation_scales and weight_scales are 'tensor'"
     report.require(config.fp8.promotion or whole, "fp8.promotion", fix)

@@ -67,14 +67,6 @@ BAD = {
             "model.moe.implementation = 'fast': choose one of auto, ",
         ],
     ),
-    "gradients in bfloat16 whose sums are not split": (
-        ["mesh.gradient_dtype=bfloat16"],
-        ["mesh.gradient_dtype = 'bfloat16': float32 with mesh.sharding='replicated', "],
-    ),
-    "gradients in no dtype": (
-        ["mesh.gradient_dtype=fp8"],
-        ["mesh.gradient_dtype = 'fp8': choose one of float32, bfloat16"],
-    ),
     "mesh larger than the devices": (
         ["mesh.data=4", "mesh.expert=4"],
         ["mesh.expert = 4: data=4 x expert=4 does not fit 8 devices; nearest that fit: data="],

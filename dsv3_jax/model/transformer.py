@@ -17,7 +17,7 @@ from dsv3_jax.model.attention import attention_module, rope_dim
 from dsv3_jax.model.layers import FFN, RMSNorm, linear, weight
 from dsv3_jax.model.moe import MoE, RouterReport
 from dsv3_jax.model.rope import rotation
-from dsv3_jax.parallel.gather import KEPT, look_up
+from dsv3_jax.parallel.gather import KEPT
 from dsv3_jax.parallel.mesh import constrain
 
 # What each remat policy keeps for the backward pass; all else inside a block is computed again.
@@ -163,8 +163,11 @@ class Transformer(nn.Module):
             )
         turn = rotation(config.rope, rope_dim(config.attention), positions)
 
-        x, *embedded = look_up(embedding, [tokens, *self._later(targets)], self.dtype)
-        x = constrain(x, "batch", None, None)
+        # Whole before the look-up: from a table split over `d` (FSDP) the partitioner would split the result
+        # the same way, and then gather the batch to split it again. Cast after it: the gradient of a
+        # frequent token is a sum of very many terms, which bf16 cannot hold.
+        table = constrain(embedding, None, None)
+        x = constrain(table[tokens].astype(self.dtype), "batch", None, None)
         reports: list[RouterReport] = []
         dense = min(config.moe.n_dense_layers, config.n_layers)
         if dense:
@@ -177,31 +180,23 @@ class Transformer(nn.Module):
 
         mtp_hidden: list[Array] = []
         if targets is not None and config.mtp.depth:
-            mtp_hidden, mtp_reports = self._mtp(hidden, embedded, turn, segment_ids)
+            mtp_hidden, mtp_reports = self._mtp(hidden, targets, table, turn, segment_ids)
             reports += mtp_reports
         no_experts = jnp.zeros((0, config.moe.n_experts), jnp.int32)
         counts = jnp.concatenate([no_experts] + [r.counts.reshape(-1, config.moe.n_experts) for r in reports])
         balance = sum((r.balance_loss.sum() for r in reports), jnp.zeros((), jnp.float32))
         return Outputs(hidden, tuple(mtp_hidden), head, counts, balance)
 
-    def _later(self, targets: Int[Array, "batch seq"] | None) -> list[Int[Array, "batch seq"]]:
-        """The tokens i+1, i+2, ... that the depths of MTP embed; none where blocks are independent."""
-        if targets is None or self.config.mtp.kind != "sequential":
-            return []
-        # Token i+k is the target of position i+k-1; what lies past the end is masked in the loss.
-        return [jnp.pad(targets[:, k:], ((0, 0), (0, k))) for k in range(self.config.mtp.depth)]
-
-    def _mtp(self, hidden, embedded, turn, segment_ids):
-        """The chain h^0 -> h^1 -> ... (V3 eqs 21-23), or independent blocks that all start at h^0.
-
-        `embedded` are the embeddings of the tokens of `_later`.
-        """
+    def _mtp(self, hidden, targets, table, turn, segment_ids):
+        """The chain h^0 -> h^1 -> ... (V3 eqs 21-23), or independent blocks that all start at h^0."""
         chained = self.config.mtp.kind == "sequential"
         outputs, reports, state = [], [], hidden
         for depth in range(1, self.config.mtp.depth + 1):
-            token = embedded[depth - 1] if chained else None
+            # Token i+k is the target of position i+k-1; what lies past the end is masked in the loss.
+            later = jnp.pad(targets[:, depth - 1 :], ((0, 0), (0, depth - 1)))
+            embedded = table[later].astype(self.dtype) if chained else None
             block = MTPBlock(self.config, depth, chained, self.remat, self.recipe, name=f"mtp_{depth}")
-            state, report = block(state if chained else hidden, token, turn, segment_ids)
+            state, report = block(state if chained else hidden, embedded, turn, segment_ids)
             outputs.append(state)
             if report is not None:
                 reports.append(report)

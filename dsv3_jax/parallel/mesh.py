@@ -169,7 +169,6 @@ class ExpertLayout(NamedTuple):
 
     spec: PartitionSpec
     kept: bool  # What is gathered in the forward pass stays for the backward pass (ZeRO-1).
-    travels: str  # The dtype in which gradients are sent to be summed.
 
 
 def expert_layout(shape: Sequence[int]) -> ExpertLayout:
@@ -178,15 +177,7 @@ def expert_layout(shape: Sequence[int]) -> ExpertLayout:
     assert mesh is not None
     names = ("experts", *[None for _ in shape[1:]])
     found = state_spec(names, shape, mesh, splits(options.sharding, names))
-    return ExpertLayout(found, options.sharding == "zero1", options.gradient_dtype)
-
-
-def gradient_layout(shape: Sequence[int]) -> tuple[PartitionSpec, str]:
-    """How the gradient of what is no expert's lies after its sum, as its moments do, and travels to it."""
-    mesh, options, _ = _current.get() or _NOWHERE
-    assert mesh is not None
-    found = state_spec([None for _ in shape], shape, mesh, options.sharding != "replicated")
-    return found, options.gradient_dtype
+    return ExpertLayout(found, options.sharding == "zero1")
 
 
 def state_shardings(

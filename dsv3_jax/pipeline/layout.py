@@ -16,7 +16,6 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dsv3_jax.parallel.gather import summed_part
 from dsv3_jax.pipeline.transformer import STACKS
 
 Tree = Any
@@ -63,15 +62,12 @@ def gather(local: jax.Array, axes: Axes, names: Sequence[str]) -> jax.Array:
     return local
 
 
-def scatter(addend: jax.Array, axes: Axes, names: Sequence[str], travels: str = "float32") -> jax.Array:
-    """The sum over the axes `names`, split again as before `gather`.
-
-    What replicas split is sent in the dtype `travels`. Over `pipe` it is not: there a second rounding.
-    """
+def scatter(addend: jax.Array, axes: Axes, names: Sequence[str]) -> jax.Array:
+    """The sum over the axes `names`, split again as before `gather`."""
     for dim, split in enumerate(axes):
-        over = tuple(name for name in split if name in names)
-        if over:
-            addend = summed_part(addend, over, dim, addend.dtype if "pipe" in over else travels)
+        for name in split:
+            if name in names:
+                addend = lax.psum_scatter(addend, name, scatter_dimension=dim, tiled=True)
     rest = tuple(name for name in names if not any(name in split for split in axes))
     return lax.psum(addend, rest) if rest else addend
 
@@ -96,16 +92,11 @@ def to_chunks(local: jax.Array, axes: Axes, layers: np.ndarray, names: Sequence[
     return rows.reshape(*layers.shape[1:], *rows.shape[1:])
 
 
-def from_chunks(
-    chunks: jax.Array, axes: Axes, layers: np.ndarray, names: Sequence[str], travels: str = "float32"
-) -> jax.Array:
-    """The sum over ranks and over the axes `names`, [layer, ...] and split as before `to_chunks`.
-
-    What replicas split is sent in the dtype `travels`.
-    """
+def from_chunks(chunks: jax.Array, axes: Axes, layers: np.ndarray, names: Sequence[str]) -> jax.Array:
+    """The sum over ranks and over the axes `names`, [layer, ...] and split as before `to_chunks`."""
     n_layers = int(layers.max()) + 1
     numbers = jnp.asarray(np.where(layers < 0, n_layers, layers))  # Past the end: dropped.
-    rows = scatter(chunks.reshape(-1, *chunks.shape[2:]), axes, names, travels)
+    rows = scatter(chunks.reshape(-1, *chunks.shape[2:]), axes, names)
     dim = _split_over_pipe(axes)
     if dim is not None:
         rows = lax.all_to_all(rows, "pipe", split_axis=dim, concat_axis=0, tiled=True)

@@ -72,7 +72,7 @@ def gradients(
             )
             chunks, shared = gathered(params, router, shardings, layers)
             sums = runner.run(table, own, chunks, shared, batch)
-        grads = _scattered(sums, shardings, layers, config.mesh.gradient_dtype)
+        grads = _scattered(sums, shardings, layers)
         everywhere = sums.head, sums.body["balance"].sum()
         (losses, late), balance = lax.psum(everywhere, ("pipe", *BATCH))
         counts = late
@@ -137,16 +137,16 @@ def gathered(params: Tree, router: Tree, shardings: Tree, layers: dict[str, np.n
     return chunks, {"params": rest, "router": biases}
 
 
-def _scattered(sums: runner.Sums, shardings: Tree, layers: dict[str, np.ndarray], travels: str) -> Tree:
-    """Gradients of what a device holds; `travels` as of `layout.scatter`."""
+def _scattered(sums: runner.Sums, shardings: Tree, layers: dict[str, np.ndarray]) -> Tree:
+    """Gradients of what a device holds."""
 
     def stacked(leaf: jax.Array, where: np.ndarray, at: NamedSharding) -> jax.Array:
         axes = layout.axes_of(at.spec, leaf.ndim - 1)
-        return layout.from_chunks(leaf, axes, where, _copies(axes), travels)
+        return layout.from_chunks(leaf, axes, where, _copies(axes))
 
     def part(leaf: jax.Array, at: NamedSharding) -> jax.Array:
         axes = layout.axes_of(at.spec, leaf.ndim)
-        return layout.scatter(leaf, axes, ("pipe", *_copies(axes)), travels)
+        return layout.scatter(leaf, axes, ("pipe", *_copies(axes)))
 
     shared = sums.shared["params"]
     grads = {name: jax.tree.map(part, shared[name], shardings[name]) for name in shared}

@@ -17,7 +17,6 @@ from dsv3_jax.model.attention import rope_dim
 from dsv3_jax.model.layers import RMSNorm, weight
 from dsv3_jax.model.rope import rotation
 from dsv3_jax.model.transformer import REMAT, Block, Outputs, Transformer
-from dsv3_jax.parallel.gather import look_up
 from dsv3_jax.pipeline.runner import Parts
 from dsv3_jax.pipeline.schedules import stage_sizes
 
@@ -144,8 +143,7 @@ class _Ends(Transformer):
             head = weight(self, "head", shape[::-1], ("embed", "vocab"), std)
         turn = rotation(config.rope, rope_dim(config.attention), positions)
         hidden = RMSNorm(config.norm_eps, name="final_norm")(x)
-        embedded = look_up(embedding, self._later(targets), self.dtype)
-        later, reports = self._mtp(hidden, embedded, turn, segment_ids)
+        later, reports = self._mtp(hidden, targets, embedding, turn, segment_ids)
         counts = [jnp.zeros((0, config.moe.n_experts), jnp.int32), *(r.counts[None] for r in reports)]
         balance = sum((r.balance_loss for r in reports), jnp.zeros((), jnp.float32))
         return Outputs(hidden, tuple(later), head, jnp.concatenate(counts), balance)

@@ -173,10 +173,10 @@ def _experts(config: Config, split: Split, platform: str) -> float:
 
 
 def _whole_tables(config: Config, split: Split) -> float:
-    """The embedding is gathered whole for the look-up, in float32; the head's gradient is whole at first."""
+    """The embedding is gathered whole for the look-up, in float32; with MTP its gradient is there early."""
     if split.sharding != "fsdp" or split.n_devices == 1:
         return 0.0
-    return config.model.vocab_size * config.model.d_model * 8.0
+    return config.model.vocab_size * config.model.d_model * (8.0 if config.model.mtp.depth else 4.0)
 
 
 def _loss(config: Config, split: Split) -> float:

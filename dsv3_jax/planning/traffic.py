@@ -34,38 +34,23 @@ def of_step(config: Config, split: Split, topology: Topology) -> list[Transfer]:
 
 
 def _state(config: Config, split: Split, n_micro: int) -> list[tuple[str, str, float]]:
-    """Parameters and gradients, in the dtype in which they are multiplied.
+    """Parameters and gradients, in the dtype in which they are multiplied; the experts' gradients in float32.
 
-    In FP8 weights reach their kernels in float32. Gradients of experts, embedding and head travel in
-    `mesh.gradient_dtype`; the head's are summed for each prediction depth.
+    In FP8 weights reach their kernels in float32.
     """
     by_part = parts(config, split)
     width = 2 if config.train.precision == "bf16" else 4
     experts = by_part["experts"].whole
     shared = sum(part.whole for part in by_part.values()) - experts  # Every rank of `expert` has a copy.
-    head = by_part["head"].whole or by_part["embedding"].whole
-    tables = by_part["embedding"].whole + (1 + config.model.mtp.depth) * head
-    other = by_part["other"].whole
     data, expert = (split.data - 1) / split.data, (split.expert - 1) / split.expert
     split_over_data = split.sharding != "replicated"
-    if split_over_data:
-        narrow = config.mesh.gradient_dtype == "bfloat16"
-        sums = (2 if narrow else 4) * n_micro
-        reduced = data * (experts + tables) * sums, expert * tables / split.data * sums
-        products = data * other * width * n_micro
-        name = "all-to-all gradients" if narrow else "reduce-scatter gradients"
-        found = [
-            ("reduce-scatter gradients", "data", products if narrow else products + reduced[0]),
-            ("all-reduce gradients", "expert", 2 * expert * other / split.data * width * n_micro),
-            (name, "data", reduced[0] if narrow else 0.0),
-            (name, "expert", reduced[1]),
-        ]
-    else:
-        here, everywhere = 4 * experts, width * other + 4 * tables
-        found = [
-            ("all-reduce gradients", "data", 2 * data * (here + everywhere) * n_micro),
-            ("all-reduce gradients", "expert", 2 * expert * everywhere * n_micro),
-        ]
+    reduce = data * (4 * experts + width * shared) * n_micro
+    rest = shared / split.data if split_over_data else shared
+    name = "reduce-scatter gradients" if split_over_data else "all-reduce gradients"
+    found = [
+        (name, "data", reduce * (1 if split_over_data else 2)),
+        ("all-reduce gradients", "expert", 2 * expert * rest * width * n_micro),
+    ]
     if split.sharding == "fsdp":  # For the forward pass, and again for the backward pass.
         found.append(("all-gather parameters", "data", 2 * data * (experts + shared) * width * n_micro))
     if split.sharding == "zero1":  # Experts layer by layer, and kept; the rest when the step has updated it.

@@ -13,8 +13,6 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.model import Outputs
-from dsv3_jax.parallel.gather import summed
-from dsv3_jax.parallel.mesh import LOGICAL_AXES, current_mesh, gradient_layout, spec
 
 Batch = dict[str, Array]  # tokens, targets, positions, segment_ids: int32; loss_mask: bool; [batch, seq].
 
@@ -41,11 +39,11 @@ def cross_entropy(
     The logits of `chunk` positions of the sequence exist at once (0: of all). Under differentiation the
     forward pass already computes both gradients, so that no logits are kept or computed again.
     """
-    return _on_devices(hidden, head, targets, weights, chunk, with_gradients=False)[0]
+    return _chunked(hidden, head, targets, weights, chunk, with_gradients=False)[0]
 
 
 def _cross_entropy_fwd(hidden, head, targets, weights, chunk):
-    total, gradients = _on_devices(hidden, head, targets, weights, chunk, with_gradients=True)
+    total, gradients = _chunked(hidden, head, targets, weights, chunk, with_gradients=True)
     return total, gradients
 
 
@@ -57,27 +55,10 @@ def _cross_entropy_bwd(chunk, gradients, g):
 cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
 
 
-def _on_devices(hidden, head, targets, weights, chunk, *, with_gradients):
-    """`_chunked` on each device's part of the batch; the head's gradient is summed after the last chunk."""
-    matrix, mesh = head.astype(hidden.dtype), current_mesh()
-    if mesh is None:
-        return _chunked(hidden, matrix, targets, weights, chunk, with_gradients=with_gradients)
-
-    def local(hidden, matrix, targets, weights):
-        total, (dx, dhead) = _chunked(hidden, matrix, targets, weights, chunk, with_gradients=with_gradients)
-        total = lax.psum(total, LOGICAL_AXES["batch"])
-        return total, (dx, summed(dhead)) if with_gradients else ()
-
-    batch, whole = spec("batch"), spec()
-    gradients = (batch, gradient_layout(head.shape)[0]) if with_gradients else ()
-    in_specs = (batch, whole, batch, batch)
-    mapped = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=(whole, gradients), check_vma=False)
-    return mapped(hidden, matrix, targets, weights)
-
-
-def _chunked(hidden, matrix, targets, weights, chunk, *, with_gradients):
+def _chunked(hidden, head, targets, weights, chunk, *, with_gradients):
     batch, seq, width = hidden.shape
     chunk = chunk or seq
+    matrix = head.astype(hidden.dtype)
 
     def one(total_dhead, piece):
         x, target, weight = piece
@@ -94,7 +75,7 @@ def _chunked(hidden, matrix, targets, weights, chunk, *, with_gradients):
         dhead += jnp.einsum("bsd,bsv->dv", x, dlogits, preferred_element_type=jnp.float32)
         return (total, dhead), dx
 
-    start = (jnp.zeros((), jnp.float32), jnp.zeros(matrix.shape if with_gradients else (), jnp.float32))
+    start = (jnp.zeros((), jnp.float32), jnp.zeros(head.shape if with_gradients else (), jnp.float32))
     if chunk == seq:
         (total, dhead), dx = one(start, (hidden, targets, weights))
         return total, (dx, dhead)
