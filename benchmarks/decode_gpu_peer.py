@@ -103,6 +103,7 @@ def main() -> None:
         except torch.OutOfMemoryError as error:
             print(f"batch {batch}: {error}", flush=True)
             arguments.batch.remove(batch)
+            continue
         print(f"batch {batch} warm ({time.perf_counter() - began:.0f} s)", flush=True)
     if arguments.wait:
         pathlib.Path(arguments.wait + ".ready").touch()
