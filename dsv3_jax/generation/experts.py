@@ -7,9 +7,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import MoEConfig
+from dsv3_jax.generation.linear import in_float32
 from dsv3_jax.model.experts import experts_on_rows
 from dsv3_jax.model.layers import ffn, swiglu
-from dsv3_jax.model.router import route
+from dsv3_jax.model.router import select
 from pallas_kernels import implementations
 from pallas_kernels.gather_matvec import gather_matvec
 
@@ -22,7 +23,7 @@ def moe(w: Any, u: Float[Array, "batch seq d"], config: MoEConfig) -> Float[Arra
 
     Shared experts that `weights.prepare` has put after the routed ones are chosen by everybody, with gate 1.
     """
-    routing = route(u, w["centroids"], w["bias"], config)
+    routing = select(in_float32(u, w["centroids"]), w["bias"], config)
     x, indices, gates = (part.reshape(-1, part.shape[-1]) for part in (u, routing.indices, routing.gates))
     few = SHARES[implementations.platform()] * indices.size <= config.n_experts
     apart = "shared" in w
@@ -47,7 +48,8 @@ def chosen_experts(
 ) -> Float[Array, "tokens d"]:
     """sum_i g_i FFN_i(x), choice by choice: it reads the weights of the experts chosen, no others."""
     choices, flat = indices.shape[1], indices.reshape(-1)
-    hidden = swiglu(gather_matvec(jnp.repeat(x, choices, axis=0), gate_up, flat)) * gates.reshape(-1, 1)
-    out = gather_matvec(hidden.astype(x.dtype), down, flat).reshape(*indices.shape, -1)
+    product = functools.partial(gather_matvec, rows_alike=choices)  # A token adds up as it would alone.
+    hidden = swiglu(product(jnp.repeat(x, choices, axis=0), gate_up, flat)) * gates.reshape(-1, 1)
+    out = product(hidden.astype(x.dtype), down, flat).reshape(*indices.shape, -1)
     # Written as additions, which the compiler merges with what reads the sum.
     return functools.reduce(jnp.add, (out[:, i] for i in range(choices))).astype(x.dtype)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Float32, Int
 from pallas_kernels import implementations
 from pallas_kernels.gather_matvec import mosaic_gpu, reference, sliced
 
-# Each module offers `product(lhs, rhs, indices)` and `unsupported` of the same arrays.
+# Each module offers `product(lhs, rhs, indices, rows_alike)` and `unsupported` of the arrays.
 _MODULES = {"reference": reference, "sliced": sliced, "mosaic_gpu": mosaic_gpu}
 IMPLEMENTATIONS = tuple(_MODULES)
 
@@ -22,6 +22,7 @@ def gather_matvec(
     rhs: Float[Array, "groups k n"],
     indices: Int[Array, " rows"],
     *,
+    rows_alike: int | None = None,
     implementation: str = "auto",
 ) -> Float32[Array, "rows n"]:
     """Multiplies row i of `lhs` by `rhs[indices[i]]`, accumulated and returned in float32.
@@ -32,6 +33,8 @@ def gather_matvec(
       lhs: the rows.
       rhs: the matrices, in the dtype of `lhs`.
       indices: the matrix of each row, in `[0, groups)`.
+      rows_alike: `"mosaic_gpu"` divides its work, and so the order of a row's sum, by the number of rows.
+        Calls that give the same number here find the same for a row to the bit, however many rows they have.
       implementation: `"auto"`, or one by name: `"mosaic_gpu"` (Hopper, bf16), `"sliced"` (plain JAX, a
         product a row) or `"reference"` (gathers the matrices).
 
@@ -51,4 +54,4 @@ def gather_matvec(
     preference = {"cpu": ("sliced",), "gpu": (*ours, "reference"), "tpu": ("sliced",)}
     chosen = implementations.choose("gather_matvec", implementation, constraints, preference)
     with jax.named_scope(f"gather_matvec_{chosen}"):
-        return _MODULES[chosen].product(lhs, rhs, indices)
+        return _MODULES[chosen].product(lhs, rhs, indices, rows_alike or len(lhs))

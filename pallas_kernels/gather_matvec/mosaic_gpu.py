@@ -62,9 +62,9 @@ def split(rows: int, k: int, n: int) -> Split:
     return Split(width, parts, warpgroups, FLIGHT)
 
 
-def product(lhs, rhs, indices):
-    """`out[i] = lhs[i] @ rhs[indices[i]]` in float32."""
-    how = split(lhs.shape[0], *rhs.shape[1:])
+def product(lhs, rhs, indices, rows_alike):
+    """`out[i] = lhs[i] @ rhs[indices[i]]` in float32, divided as a call of `rows_alike` rows is."""
+    how = split(rows_alike, *rhs.shape[1:])
     parts = partial_sums(lhs.astype(jnp.float32), rhs, indices.astype(jnp.int32), how)
     return functools.reduce(jnp.add, (parts[:, i] for i in range(how.parts)))
 

@@ -10,8 +10,9 @@ def unsupported(lhs, rhs, indices) -> str | None:
     return None
 
 
-def product(lhs, rhs, indices):
+def product(lhs, rhs, indices, rows_alike):
     """`out[i] = lhs[i] @ rhs[indices[i]]` in float32."""
+    del rows_alike
     rows = []
     for row in range(lhs.shape[0]):
         matrix = rhs[0] if rhs.shape[0] == 1 else lax.dynamic_index_in_dim(rhs, indices[row], keepdims=False)

@@ -51,15 +51,17 @@ def attention(q, c_kv, k_rope, lengths, page_table, c_kv_scale, k_rope_scale, *,
     if scale <= 0:  # The kernel folds a positive scale into the exponent.
         q, scale = (-q, -scale) if scale < 0 else (jnp.zeros_like(q), 1.0)
     batch, s_q, heads, _ = q.shape
-    few = c_kv_scale is not None or s_q * heads <= mosaic_gpu_few_rows.ROWS
+    # Few tokens choose as if each came alone: then what one finds does not depend on how many come.
+    rows_alike = heads if batch * s_q <= implementations.FEW_TOKENS else s_q * heads
+    few = c_kv_scale is not None or rows_alike <= mosaic_gpu_few_rows.ROWS
     tile_rows = mosaic_gpu_few_rows.ROWS if few else ROWS
-    tiles = -(-s_q * heads // tile_rows)
+    groups = max(1, hopper.multiprocessors() // -(-rows_alike // tile_rows))
     slots = c_kv.shape[1]
     capacity = slots if page_table is None else slots * page_table.shape[1]
     call = mosaic_gpu_split.Call(
         *(batch, s_q, heads, c_kv.shape[-1], k_rope.shape[-1]),
         *(slots, capacity, page_table is not None, scale),
-        *(max(1, hopper.multiprocessors() // tiles), loader_threads(q), tile_rows),
+        *(groups, loader_threads(q), tile_rows),
     )
     rows = q.reshape(batch, call.rows, -1)
     # TMA moves boxes of 8 rows; few rows are whole tiles.

@@ -1,0 +1,84 @@
+"""On a GPU a step of few tokens finds for each what decoding one by one finds, to the bit.
+
+Greedy speculation then writes the text of plain decoding, in bf16 too.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import proxy_300m, small_gpu
+from dsv3_jax.config_checks import typed
+from dsv3_jax.generation import Generator, SamplingParams, forward
+from dsv3_jax.generation.cache import init_cache
+from dsv3_jax.generation.prefill import prefill
+from dsv3_jax.generation.weights import kernels_for, prepare
+from dsv3_jax.model import Transformer
+from dsv3_jax.model.transformer import init_variables
+
+gpu = pytest.mark.gpu
+needs_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a Hopper GPU")
+PRESETS = {"proxy_300m": proxy_300m, "small_gpu": small_gpu}
+PROMPT, NEW, CAPACITY = 100, 60, 256  # Across the border of a block of 128 entries.
+
+
+def model_of(name):
+    """A preset's widths in few layers."""
+    config = typed(PRESETS[name].get_config()).model
+    return dataclasses.replace(config, n_layers=3, max_seq_len=CAPACITY)
+
+
+def variables_of(config):
+    """Random parameters, in which logits spread and experts differ."""
+    made = jax.jit(lambda key: init_variables(Transformer(config), key))(jax.random.key(0))
+    return jax.tree.map(lambda x: x * 3 if x.ndim > 2 else x, made)
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("cache_dtype", ["bf16", "fp8"])
+@pytest.mark.parametrize("name", ["proxy_300m", "small_gpu"])
+def test_logits_do_not_depend_on_how_many_tokens_come_together(name, cache_dtype):
+    config = model_of(name)
+    weights = jax.jit(prepare, static_argnums=(1, 2))(variables_of(config), config, jnp.dtype(jnp.bfloat16))
+    text = np.random.default_rng(0).integers(0, config.vocab_size, (1, PROMPT + NEW)).astype(np.int32)
+
+    @jax.jit
+    def step(weights, cache, tokens):
+        hidden, cache = forward.decode(weights, cache, tokens, jnp.ones(1, bool), config)
+        cache = dataclasses.replace(cache, lengths=cache.lengths + tokens.shape[1])
+        return forward.head(weights, hidden[0]), cache
+
+    def logits(width):
+        cache = init_cache(config, 1, CAPACITY, cache_dtype)
+        read = np.array([PROMPT], np.int32)
+        cache, _ = prefill(weights, cache, text[:, :PROMPT], read, config, chunk=64, drafts=0)
+        found = []
+        for at in range(PROMPT, PROMPT + NEW, width):
+            with kernels_for(weights):
+                new, cache = step(weights, cache, text[:, at : at + width])
+            found.append(np.asarray(new))
+        return np.concatenate(found)
+
+    alone = logits(1)
+    assert np.isfinite(alone).all() and alone.std() > 0.1
+    for width in (2, 3, 4):
+        np.testing.assert_array_equal(logits(width), alone, err_msg=f"{width} tokens at a time")
+
+
+@gpu
+@needs_gpu
+def test_greedy_speculation_writes_the_text_of_plain_decoding():
+    config = model_of("proxy_300m")
+    variables = variables_of(config)
+    params = SamplingParams(max_new_tokens=NEW, temperature=0.0, ignore_eos=True)
+    prompts = np.random.default_rng(1).integers(0, 256, (6, 20)).tolist()
+    plain, speculative = (
+        Generator(config, variables, None, dtype=jnp.bfloat16, speculate=drafts) for drafts in (0, 1)
+    )
+    for prompt in prompts:
+        (want,), (found,) = plain.generate([prompt], params), speculative.generate([prompt], params)
+        assert found.tokens == want.tokens
