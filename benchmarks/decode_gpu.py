@@ -40,7 +40,7 @@ import numpy as np
 from configs import small_gpu
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.config_checks import typed
-from dsv3_jax.generation import SamplingParams, decode, forward
+from dsv3_jax.generation import SamplingParams, decode, forward, linear
 from dsv3_jax.generation.cache import LatentCache, bytes_per_token, init_cache
 from dsv3_jax.generation.decode import DecodeState
 from dsv3_jax.generation.prefill import prefill
@@ -67,7 +67,7 @@ def check(config: ModelConfig) -> dict[str, float]:
     out = jax.jit(lambda v, t: Transformer(config).apply(v, t))(variables, text)
     expected = np.asarray(jnp.matmul(out.hidden[0], out.head, precision="highest"))
     weights = jax.jit(prepare, static_argnums=(1, 2))(variables, config, jnp.dtype(jnp.bfloat16))
-    step = jax.jit(forward.decode, static_argnames="config")
+    step = jax.jit(forward.decode, static_argnames="config", compiler_options=linear.AS_WRITTEN)
     top = jax.jit(forward.head)
 
     def error(found: Any, at: slice) -> float:
@@ -180,7 +180,12 @@ def profile(call: Any, steps: int) -> list[dict[str, Any]]:
 
 
 def compiled(config: ModelConfig, weights: Weights, state: DecodeState, options: Any = None) -> Any:
-    run = jax.jit(decode.run, static_argnames=("config", "room"), donate_argnames="state")
+    run = jax.jit(
+        decode.run,
+        static_argnames=("config", "room"),
+        donate_argnames="state",
+        compiler_options=linear.AS_WRITTEN,
+    )
     with implementations.one_device():
         return run.lower(weights, state, config, NEW).compile(compiler_options=options)
 

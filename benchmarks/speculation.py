@@ -31,7 +31,7 @@ import numpy as np
 
 from dsv3_jax.config import Config, ModelConfig
 from dsv3_jax.data import Loader, Tokenizer, load_tokenizer
-from dsv3_jax.generation import Generator, SamplingParams, folders, forward
+from dsv3_jax.generation import Generator, SamplingParams, folders, forward, linear
 from dsv3_jax.generation.cache import init_cache
 from dsv3_jax.generation.prefill import prefill
 from dsv3_jax.generation.weights import kernels_for
@@ -115,7 +115,9 @@ def _forward(variables, tokens, config):
     return jnp.matmul(out.hidden[0], out.head, precision="highest")
 
 
-@functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
+@functools.partial(
+    jax.jit, static_argnames="config", donate_argnames="cache", compiler_options=linear.AS_WRITTEN
+)
 def _decode(weights, cache, tokens, config):
     hidden, cache = forward.decode(weights, cache, tokens, jnp.ones(1, bool), config)
     cache = dataclasses.replace(cache, lengths=cache.lengths + tokens.shape[1])

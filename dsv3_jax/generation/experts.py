@@ -7,10 +7,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import MoEConfig
-from dsv3_jax.generation.linear import in_float32
+from dsv3_jax.generation.linear import alike, as_rows
 from dsv3_jax.model.experts import experts_on_rows
 from dsv3_jax.model.layers import ffn, swiglu
-from dsv3_jax.model.router import select
+from dsv3_jax.model.router import route
 from pallas_kernels import implementations
 from pallas_kernels.gather_matvec import gather_matvec
 
@@ -18,38 +18,45 @@ from pallas_kernels.gather_matvec import gather_matvec
 SHARES = {"cpu": 4, "gpu": 1, "tpu": 1}
 
 
-def moe(w: Any, u: Float[Array, "batch seq d"], config: MoEConfig) -> Float[Array, "batch seq d"]:
+def moe(
+    w: Any, u: Float[Array, "batch seq d"], config: MoEConfig, real: int | None = None
+) -> Float[Array, "batch seq d"]:
     """`FFN_shared(u) + sum_i g_i FFN_i(u)` (DeepSeek-V3 eq 12), without the residual.
 
     Shared experts that `weights.prepare` has put after the routed ones are chosen by everybody, with gate 1.
+    `real` of the tokens are some, the others zeros (`linear.real_tokens`).
     """
-    routing = select(in_float32(u, w["centroids"]), w["bias"], config)
-    x, indices, gates = (part.reshape(-1, part.shape[-1]) for part in (u, routing.indices, routing.gates))
+    routing = alike(route, real, u, w["centroids"], w["bias"], config)
+    x = u.reshape(-1, u.shape[-1])
+    indices, gates = (part.reshape(len(x), -1)[:real] for part in (routing.indices, routing.gates))
     few = SHARES[implementations.platform()] * indices.size <= config.n_experts
     apart = "shared" in w
     if config.n_shared and not apart:
         shared = config.n_experts + jnp.arange(config.n_shared, dtype=indices.dtype)
-        indices = jnp.concatenate([indices, jnp.broadcast_to(shared, (len(x), config.n_shared))], -1)
+        indices = jnp.concatenate([indices, jnp.broadcast_to(shared, (len(indices), config.n_shared))], -1)
         gates = jnp.pad(gates, ((0, 0), (0, config.n_shared)), constant_values=1.0)
     if few:
         out = chosen_experts(x, indices, gates, w["gate_up"], w["down"])
     else:
-        out = experts_on_rows(x, indices, gates, w["gate_up"], w["down"], config.implementation)
-    out = out.reshape(u.shape)
+        out = experts_on_rows(x[:real], indices, gates, w["gate_up"], w["down"], config.implementation)
+    out = (out if real is None else as_rows(out, real)).reshape(u.shape)
     return out + ffn(u, w["shared"]["gate_up"], w["shared"]["down"]) if apart else out
 
 
 def chosen_experts(
-    x: Float[Array, "tokens d"],
+    x: Float[Array, "rows d"],
     indices: Int[Array, "tokens choices"],
     gates: Float[Array, "tokens choices"],
     gate_up: Float[Array, "experts d two_f"],
     down: Float[Array, "experts f d"],
 ) -> Float[Array, "tokens d"]:
-    """sum_i g_i FFN_i(x), choice by choice: it reads the weights of the experts chosen, no others."""
+    """sum_i g_i FFN_i(x), choice by choice: it reads the weights of the experts chosen, no others.
+
+    Rows of `x` after the tokens are not read.
+    """
     choices, flat = indices.shape[1], indices.reshape(-1)
-    product = functools.partial(gather_matvec, rows_alike=choices)  # A token adds up as it would alone.
-    hidden = swiglu(product(jnp.repeat(x, choices, axis=0), gate_up, flat)) * gates.reshape(-1, 1)
+    product = functools.partial(gather_matvec, alike=choices)  # A token adds up as it would alone.
+    hidden = swiglu(product(x, gate_up, flat, each=choices)) * gates.reshape(-1, 1)
     out = product(hidden.astype(x.dtype), down, flat).reshape(*indices.shape, -1)
     # Written as additions, which the compiler merges with what reads the sum.
     return functools.reduce(jnp.add, (out[:, i] for i in range(choices))).astype(x.dtype)

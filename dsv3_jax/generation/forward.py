@@ -12,7 +12,7 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.generation.attention import absorbed, expanded
 from dsv3_jax.generation.cache import LatentCache, LayerCache, places
 from dsv3_jax.generation.experts import moe
-from dsv3_jax.generation.linear import linear
+from dsv3_jax.generation.linear import alike, as_rows, linear, real_tokens
 from dsv3_jax.generation.weights import Weights
 from dsv3_jax.model.attention import rope_dim
 from dsv3_jax.model.layers import rms_norm, swiglu
@@ -35,26 +35,34 @@ class Reading(NamedTuple):
     at: Int[Array, "*batch"]
 
 
-@functools.partial(jax.jit, static_argnames=("config", "block"))  # Traced once for layers that are alike.
+@functools.partial(
+    jax.jit, static_argnames=("config", "block", "real")
+)  # Traced once for layers that are alike.
 def _block(
-    w: Any, x: Array, layer: LayerCache, reading: Reading, config: ModelConfig, block: int | None
+    w: Any,
+    x: Array,
+    layer: LayerCache,
+    reading: Reading,
+    config: ModelConfig,
+    block: int | None,
+    real: int | None = None,
 ) -> tuple[Array, LayerCache]:
     """A pre-norm block: `x + attention(norm(x))`, then `x + ffn(norm(x))`.
 
-    `block` is that of the expanded form; None is the absorbed form.
+    `block` is that of the expanded form; None is the absorbed form, for `real` rows (`linear.real_tokens`).
     """
     cache = replace(reading.cache, layers=(layer,))
     with jax.named_scope("attention"):
-        normal = rms_norm(x, w["attention_norm"], config.norm_eps)
+        normal = alike(rms_norm, real, x, w["attention_norm"], config.norm_eps)
         parts = (w["attention"], normal, reading.turn, cache, reading.where, reading.at)
-        out, layer = absorbed(*parts, config) if block is None else expanded(*parts, block, config)
+        out, layer = absorbed(*parts, config, real) if block is None else expanded(*parts, block, config)
         x = x + out
-    normal = rms_norm(x, w["ffn_norm"], config.norm_eps)
+    normal = alike(rms_norm, real, x, w["ffn_norm"], config.norm_eps)
     if "moe" in w:
         with jax.named_scope("moe"):
-            return x + moe(w["moe"], normal, config.moe), layer
+            return x + moe(w["moe"], normal, config.moe, real), layer
     with jax.named_scope("dense_ffn"):
-        return x + linear(swiglu(linear(normal, w["ffn"]["gate_up"])), w["ffn"]["down"]), layer
+        return x + linear(swiglu(linear(normal, w["ffn"]["gate_up"], real)), w["ffn"]["down"], real), layer
 
 
 def _merge(w: Any, hidden: Array, embedded: Array, config: ModelConfig) -> Array:
@@ -120,13 +128,19 @@ def prefill(
 
 
 def _main(
-    weights: Weights, x: Array, cache: LatentCache, reading: Reading, config: ModelConfig, block: int | None
+    weights: Weights,
+    x: Array,
+    cache: LatentCache,
+    reading: Reading,
+    config: ModelConfig,
+    block: int | None,
+    real: int | None = None,
 ) -> tuple[Array, list[LayerCache]]:
     layers = []
     for w, layer in zip(weights.layers, cache.layers[: config.n_layers], strict=True):
-        x, layer = _block(w, x, layer, reading, config, block)
+        x, layer = _block(w, x, layer, reading, config, block, real)
         layers.append(layer)
-    return rms_norm(x, weights.final_norm, config.norm_eps), layers
+    return alike(rms_norm, real, x, weights.final_norm, config.norm_eps), layers
 
 
 def _newest(cache: LatentCache, lengths: Array, seq: int, active: Array, config: ModelConfig) -> Reading:
@@ -150,9 +164,15 @@ def decode(
     Sequences that are not `active` write nothing. `cache.lengths` is left for the caller to advance, by the
     tokens that are kept. Returns the hidden states after the final norm, and the cache.
     """
-    seq = tokens.shape[1]
+    batch, seq = tokens.shape
     reading = _newest(cache, cache.lengths + seq, seq, active, config)
-    hidden, layers = _main(weights, weights.embedding[tokens], cache, reading, config, None)
+    x, real = weights.embedding[tokens], real_tokens(batch, seq)
+    if real is not None:
+        x = as_rows(x, real)
+        reading = reading._replace(turn=jax.tree.map(lambda part: as_rows(part, real), reading.turn))
+    hidden, layers = _main(weights, x, cache, reading, config, None, real)
+    if real is not None:
+        hidden = hidden[:real].reshape(batch, seq, -1)
     return hidden, replace(cache, layers=(*layers, *cache.layers[config.n_layers :]))
 
 

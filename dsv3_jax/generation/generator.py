@@ -14,7 +14,7 @@ import numpy as np
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.data.tokenizers import Tokenizer
-from dsv3_jax.generation import decode
+from dsv3_jax.generation import decode, linear
 from dsv3_jax.generation.cache import DTYPES, LatentCache, init_cache
 from dsv3_jax.generation.decode import DecodeState, Emitted
 from dsv3_jax.generation.kernel_check import check_kernels
@@ -40,12 +40,19 @@ def _first(weights, state, hidden, config):
     return decode.first_tokens(weights, state, hidden)
 
 
-@functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("state",))
+@functools.partial(
+    jax.jit, static_argnames=("config",), donate_argnames=("state",), compiler_options=linear.AS_WRITTEN
+)
 def decode_step(weights, state, config):
     return decode.step(weights, state, config)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "room"), donate_argnames=("state",))
+@functools.partial(
+    jax.jit,
+    static_argnames=("config", "room"),
+    donate_argnames=("state",),
+    compiler_options=linear.AS_WRITTEN,
+)
 def _run(weights, state, config, room):
     return decode.run(weights, state, config, room)
 

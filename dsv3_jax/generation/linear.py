@@ -1,47 +1,75 @@
-"""Products with the weights of a layer: for few rows by kernels that do little but read the weights."""
+"""Products with the weights of a layer: for few rows by kernels that do little but read the weights.
 
-import jax
+On a GPU the tokens of a step, if they are few, are the first of `FEW_TOKENS` rows, followed by zeros. So what
+adds up along a row (`alike`) has the same shape however many tokens come together, the compiler makes the
+same of it, and a token finds the same to the bit. Only the products with weights, attention and the cache
+leave the zeros out: they are told how many rows are `real` tokens.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32
+from jax import lax
+from jaxtyping import Array, Float
 
 from pallas_kernels import implementations
 from pallas_kernels.gather_matvec import gather_matvec, mosaic_gpu
 from pallas_kernels.implementations import FEW_TOKENS
 
+# For programs of generation: roundings are where they are written. Else the compiler leaves some out where it
+# fuses, and a step of two tokens may not be fused as one of one is.
+AS_WRITTEN = {"xla_allow_excess_precision": False}
 
-def _has_kernel(rows: Array, matrices: Array, each: Array) -> bool:
-    return implementations.on_one_device() and mosaic_gpu.unsupported(rows, matrices, each) is None
+
+def real_tokens(batch: int, seq: int) -> int | None:
+    """How many of `FEW_TOKENS` rows the tokens of a step are; None if they stay as they are."""
+    few = batch * seq <= FEW_TOKENS and implementations.platform() == "gpu"
+    return batch * seq if few else None
+
+
+def as_rows(x: Float[Array, "*batch_seq k"], tokens: int) -> Float[Array, "rows 1 k"]:
+    """The first dimensions, which count `tokens`, as `FEW_TOKENS` rows."""
+    x = x.reshape(tokens, 1, -1)
+    return jnp.pad(x, ((0, FEW_TOKENS - tokens), (0, 0), (0, 0)))
+
+
+def alike(f: Callable[..., Any], real: int | None, x: Array, *constants: Any) -> Any:
+    """`f(x, *constants)`, fused with nothing before or after it where `real` tokens are some of the rows."""
+    if real is None:
+        return f(x, *constants)
+    return lax.optimization_barrier(f(lax.optimization_barrier(x), *constants))
+
+
+def _has_kernel(rows: Array, matrices: Array, indices: Array) -> bool:
+    return implementations.on_one_device() and mosaic_gpu.unsupported(rows, matrices, indices) is None
 
 
 def linear(
-    x: Float[Array, "*batch k"], w: Float[Array, "k n"], *, wide: bool = False
+    x: Float[Array, "*batch k"], w: Float[Array, "k n"], real: int | None = None, *, wide: bool = False
 ) -> Float[Array, "*batch n"]:
     """`x @ w` in the dtype of x, or in float32 if `wide`."""
     dtype = jnp.float32 if wide else x.dtype
     rows = x.reshape(-1, x.shape[-1])
-    each = jnp.zeros(len(rows), jnp.int32)
+    only = jnp.zeros(real or len(rows), jnp.int32)
     # More rows of one matrix want the tensor cores.
-    if len(rows) <= FEW_TOKENS and _has_kernel(rows, w[None], each):
-        return gather_matvec(rows, w[None], each, rows_alike=1).reshape(*x.shape[:-1], -1).astype(dtype)
+    if len(rows) <= FEW_TOKENS and _has_kernel(rows, w[None], only):
+        found = gather_matvec(rows, w[None], only, alike=1)
+        found = found if real is None else as_rows(found, real)
+        return found.reshape(*x.shape[:-1], -1).astype(dtype)
     return jnp.matmul(x, w, preferred_element_type=dtype)
 
 
 def per_head(
-    x: Float[Array, "batch seq heads k"], w: Float[Array, "heads k n"]
+    x: Float[Array, "batch seq heads k"], w: Float[Array, "heads k n"], real: int | None = None
 ) -> Float[Array, "batch seq heads n"]:
     """Each head's vector times its own matrix, in the dtype of x."""
-    batch, seq, heads, k = x.shape
-    rows, each = x.reshape(-1, k), jnp.tile(jnp.arange(heads), batch * seq)
-    if batch * seq <= FEW_TOKENS and _has_kernel(rows, w, each):
-        found = gather_matvec(rows, w, each, rows_alike=heads)
-        return found.reshape(batch, seq, heads, -1).astype(x.dtype)
+    *tokens, heads, k = x.shape
+    rows = x.reshape(-1, k)
+    count = len(rows) // heads
+    head = jnp.tile(jnp.arange(heads), real or count)
+    if count <= FEW_TOKENS and _has_kernel(rows, w, head):
+        found = gather_matvec(rows, w, head, alike=heads)
+        found = found if real is None else as_rows(found, real)
+        return found.reshape(*tokens, heads, -1).astype(x.dtype)
     return jnp.einsum("bshk,hkn->bshn", x, w)
-
-
-def in_float32(x: Float[Array, "batch seq k"], w: Float32[Array, "n k"]) -> Float32[Array, "batch seq n"]:
-    """`x @ w.T` in float32."""
-    x = x.astype(jnp.float32)
-    if x.shape[0] * x.shape[1] <= FEW_TOKENS and implementations.platform() == "gpu":
-        # A sum over rows; how a library adds up a product depends on how many there are.
-        return (x[..., None, :] * w).sum(-1)
-    return jnp.einsum("bsk,nk->bsn", x, w, precision=jax.lax.Precision.HIGHEST)

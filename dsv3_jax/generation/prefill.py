@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.generation import forward
+from dsv3_jax.generation import forward, linear
 from dsv3_jax.generation.cache import LatentCache
 from dsv3_jax.generation.speculation import window
 from dsv3_jax.generation.weights import Weights, kernels_for
@@ -18,7 +18,12 @@ from dsv3_jax.generation.weights import Weights, kernels_for
 SMALLEST_CHUNK = 16
 
 
-@functools.partial(jax.jit, static_argnames=("config", "block", "drafts"), donate_argnames=("cache",))
+@functools.partial(
+    jax.jit,
+    static_argnames=("config", "block", "drafts"),
+    donate_argnames=("cache",),
+    compiler_options=linear.AS_WRITTEN,
+)
 def prefill_chunk(
     weights: Weights,
     cache: LatentCache,

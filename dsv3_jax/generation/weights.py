@@ -94,12 +94,8 @@ def _layer(layer: Any, config: ModelConfig, dtype: jnp.dtype, merge_shared: bool
     attention["w_o"] = attention["w_o"].reshape(-1, config.d_model)
     if config.attention.kind == "mla":
         out["attention"] = _absorbed(attention, config)
-    if "moe" in out:
-        out["moe"]["centroids"] = out["moe"][
-            "centroids"
-        ].T  # [experts, d], as `linear.in_float32` reads them.
-        if config.moe.n_shared and merge_shared:
-            out["moe"] = _with_shared(out["moe"], config.moe.n_shared)
+    if "moe" in out and config.moe.n_shared and merge_shared:
+        out["moe"] = _with_shared(out["moe"], config.moe.n_shared)
     return out
 
 

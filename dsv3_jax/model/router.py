@@ -20,8 +20,11 @@ class Routing(NamedTuple):
     scores: Float[Array, "batch seq experts"]  # All affinities s_i, float32, before the bias.
 
 
-def affinities(logits: Float[Array, "batch seq experts"], gate: str) -> Float[Array, "batch seq experts"]:
-    """s_i = sigmoid(u . e_i) (V3 eq 15) or softmax over the experts (V2 eq 21), of the logits u . e_i."""
+def affinities(
+    u: Float[Array, "batch seq d"], centroids: Float[Array, "d experts"], gate: str
+) -> Float[Array, "batch seq experts"]:
+    """s_i = sigmoid(u . e_i) (V3 eq 15) or softmax over the experts (V2 eq 21), in float32."""
+    logits = jnp.einsum("bsd,de->bse", u.astype(jnp.float32), centroids, precision=jax.lax.Precision.HIGHEST)
     return jax.nn.sigmoid(logits) if gate == "sigmoid" else jax.nn.softmax(logits, axis=-1)
 
 
@@ -58,15 +61,7 @@ def route(
     config: MoEConfig,
 ) -> Routing:
     """Selects the top-K of s + b and weighs them by s (V3 eqs 13, 14 and 16); ties go to the lower index."""
-    logits = jnp.einsum("bsd,de->bse", u.astype(jnp.float32), centroids, precision=jax.lax.Precision.HIGHEST)
-    return select(logits, bias, config)
-
-
-def select(
-    logits: Float[Array, "batch seq experts"], bias: Float[Array, " experts"], config: MoEConfig
-) -> Routing:
-    """`route` from float32 logits."""
-    scores = affinities(logits, config.gate)
+    scores = affinities(u, centroids, config.gate)
     biased = jax.lax.stop_gradient(scores) + jax.lax.stop_gradient(bias)
     _, indices = jax.lax.top_k(mask_groups(biased, config), config.top_k)
     gates = jnp.take_along_axis(scores, indices, axis=-1)

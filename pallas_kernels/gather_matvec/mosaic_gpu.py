@@ -36,7 +36,6 @@ class Split(NamedTuple):
 
 def unsupported(lhs, rhs, indices) -> str | None:
     """Why this implementation cannot run the call, or None."""
-    del indices
     if jax.__version_info__ < (0, 11, 2):
         return f"JAX {jax.__version__} is older than 0.11.2: install dsv3-jax[gpu] on Python 3.12"
     if implementations.platform() != "gpu":
@@ -46,7 +45,7 @@ def unsupported(lhs, rhs, indices) -> str | None:
     if not lhs.dtype == rhs.dtype == jnp.bfloat16:
         return f"lhs {lhs.dtype} and rhs {rhs.dtype}: cast both to bfloat16"
     k, n = rhs.shape[1:]
-    if not lhs.shape[0] or not k or k % FLIGHT or n % 2 or n < WIDTHS[-1]:
+    if not len(indices) or not k or k % FLIGHT or n % 2 or n < WIDTHS[-1]:
         return f"k {k} must be a multiple of {FLIGHT}, n {n} even and at least {WIDTHS[-1]}: take 'reference'"
     return None
 
@@ -62,17 +61,17 @@ def split(rows: int, k: int, n: int) -> Split:
     return Split(width, parts, warpgroups, FLIGHT)
 
 
-def product(lhs, rhs, indices, rows_alike):
-    """`out[i] = lhs[i] @ rhs[indices[i]]` in float32, divided as a call of `rows_alike` rows is."""
-    how = split(rows_alike, *rhs.shape[1:])
-    parts = partial_sums(lhs.astype(jnp.float32), rhs, indices.astype(jnp.int32), how)
+def product(lhs, rhs, indices, each, alike):
+    """`out[i] = lhs[i // each] @ rhs[indices[i]]` in float32, divided as a call of `alike` products is."""
+    how = split(alike, *rhs.shape[1:])
+    parts = partial_sums(lhs, rhs, indices.astype(jnp.int32), how, each)
     return functools.reduce(jnp.add, (parts[:, i] for i in range(how.parts)))
 
 
-@functools.partial(jax.jit, static_argnames="how")  # The layers of a model share what is lowered.
-def partial_sums(lhs, rhs, indices, how: Split):
-    """float32 `[rows, parts, n]`, whose sum over the parts is the product."""
-    rows, (k, n) = lhs.shape[0], rhs.shape[1:]
+@functools.partial(jax.jit, static_argnames=("how", "each"))  # The layers of a model share what is lowered.
+def partial_sums(lhs, rhs, indices, how: Split, each: int = 1):
+    """float32 `[products, parts, n]`, whose sum over the parts is the product."""
+    rows, (k, n) = len(indices), rhs.shape[1:]
     width, parts, warpgroups, flight = how
     layout = plgpu.Layout.WG_STRIDED((width,), width // THREADS)
     length = k // (parts * warpgroups)
@@ -87,7 +86,7 @@ def partial_sums(lhs, rhs, indices, how: Split):
         def step(i, total):
             first = (part * warpgroups + warpgroup) * length + i * flight
             found = [plgpu.load(rhs.at[group, first + j, columns], layout=layout) for j in range(flight)]
-            factors = [lhs[row, first + j] for j in range(flight)]
+            factors = [lhs[lax.div(row, each), first + j].astype(jnp.float32) for j in range(flight)]
             for values, factor in zip(found, factors, strict=True):
                 total = total + values.astype(jnp.float32) * factor
             return total

@@ -10,11 +10,13 @@ def unsupported(lhs, rhs, indices) -> str | None:
     return None
 
 
-def product(lhs, rhs, indices, rows_alike):
-    """`out[i] = lhs[i] @ rhs[indices[i]]` in float32."""
-    del rows_alike
+def product(lhs, rhs, indices, each, alike):
+    """`out[i] = lhs[i // each] @ rhs[indices[i]]` in float32."""
+    del alike
     rows = []
-    for row in range(lhs.shape[0]):
+    for row in range(len(indices)):
         matrix = rhs[0] if rhs.shape[0] == 1 else lax.dynamic_index_in_dim(rhs, indices[row], keepdims=False)
-        rows.append(jnp.matmul(lhs[row : row + 1], matrix, preferred_element_type=jnp.float32))
+        rows.append(
+            jnp.matmul(lhs[row // each : row // each + 1], matrix, preferred_element_type=jnp.float32)
+        )
     return jnp.concatenate(rows)

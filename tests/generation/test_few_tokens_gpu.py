@@ -4,6 +4,7 @@ Greedy speculation then writes the text of plain decoding, in bf16 too.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import pytest
 
 from configs import proxy_300m, small_gpu
 from dsv3_jax.config_checks import typed
-from dsv3_jax.generation import Generator, SamplingParams, forward
+from dsv3_jax.generation import Generator, SamplingParams, forward, linear
 from dsv3_jax.generation.cache import init_cache
 from dsv3_jax.generation.prefill import prefill
 from dsv3_jax.generation.weights import kernels_for, prepare
@@ -46,7 +47,7 @@ def test_logits_do_not_depend_on_how_many_tokens_come_together(name, cache_dtype
     weights = jax.jit(prepare, static_argnums=(1, 2))(variables_of(config), config, jnp.dtype(jnp.bfloat16))
     text = np.random.default_rng(0).integers(0, config.vocab_size, (1, PROMPT + NEW)).astype(np.int32)
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=linear.AS_WRITTEN)
     def step(weights, cache, tokens):
         hidden, cache = forward.decode(weights, cache, tokens, jnp.ones(1, bool), config)
         cache = dataclasses.replace(cache, lengths=cache.lengths + tokens.shape[1])

@@ -39,6 +39,21 @@ def test_each_row_meets_its_matrix(implementation, groups):
     np.testing.assert_allclose(found, expected, atol=2e-5)  # Float32 sums of 24 products of unit variance.
 
 
+@pytest.mark.parametrize("implementation", ["reference", "sliced"])
+def test_several_products_read_one_row_and_some_rows_nobody_reads(implementation):
+    rng = np.random.default_rng(0)
+    x, w = rng.standard_normal((4, 24)), rng.standard_normal((5, 24, 10))
+    indices = np.array([4, 0, 3, 3, 1])
+    found = gather_matvec(
+        *(jnp.asarray(a, jnp.float32) for a in (x, w)),
+        jnp.asarray(indices),
+        each=2,
+        implementation=implementation,
+    )
+    expected = np.stack([x[i // 2] @ w[j] for i, j in enumerate(indices)])
+    np.testing.assert_allclose(found, expected, atol=2e-5)  # As above.
+
+
 @pytest.fixture
 def unchecked_signatures():
     """Calls get through to the op's own checks, as they do outside of tests."""
@@ -51,6 +66,8 @@ def test_bad_calls_are_refused_with_the_reason(unchecked_signatures):
     x, w, i = jnp.ones((2, 32)), jnp.ones((3, 32, 128)), jnp.zeros(2, jnp.int32)
     with pytest.raises(ValueError, match="do not fit"):
         gather_matvec(x[:, :16], w, i)
+    with pytest.raises(ValueError, match="at most each=1"):
+        gather_matvec(x[:1], w, i)
     with pytest.raises(UnsupportedError, match="0.11.2|not on cpu"):
         gather_matvec(x, w, i, implementation="mosaic_gpu")
 
