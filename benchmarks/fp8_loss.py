@@ -11,8 +11,9 @@ another, on four each has its own; those with a number of steps share what the o
 of the seconds. Results are written as they come. The gap is that of the losses smoothed over `WINDOW` steps,
 relative to bf16. `--add FILE` takes the variants that are not run from earlier results.
 
-With `--shared N` the first N steps are bf16's, and the variants part there: a run from nothing goes through
-transitions, as when attention learns to copy, whose moment differs from one bf16 run to the next.
+With `--shared N` the first N steps are bf16's, on all devices together, and the variants part there: a run
+from nothing goes through transitions, as when attention learns to copy, whose moment differs from one bf16
+run to the next.
 """
 
 import argparse
@@ -47,7 +48,8 @@ VARIANTS = {
         "fp8.promotion=False",
     ],
 }
-LABELS = {"again": "bf16 again (noise)", "shared": "bf16, shared start", "tensor": "fp8, a scale a tensor"}
+SHARED = "shared"
+LABELS = {"again": "bf16 again (noise)", SHARED: "bf16, shared start", "tensor": "fp8, a scale a tensor"}
 LABELS["coarse"] = "fp8, a scale a tensor, no promotion"
 WINDOW = 50
 AHEAD = 20  # Steps that the host may be ahead of the device.
@@ -137,7 +139,7 @@ def compare(runs: dict) -> dict:
         summary[name] = {"steps": len(run["losses"]), "last_loss": float(curve[-1])}
         summary[name]["last_max_vio"] = run["losses"][-1][1]
         summary[name]["milliseconds_a_step"] = 1e3 * run["seconds"] / len(run["losses"])
-        if "bf16" in found and name not in ("bf16", "shared"):
+        if "bf16" in found and name not in ("bf16", SHARED):
             both = min(len(curve), len(found["bf16"]))
             gap = 100 * (curve[:both] / found["bf16"][:both] - 1)
             quarters = np.array_split(gap, 4)
@@ -162,7 +164,7 @@ def plot(runs: dict, path: str) -> None:
     for name, curve in found.items():
         steps = np.arange(len(curve)) + WINDOW + runs[name].get("first", 0)
         (line,) = above.plot(steps, curve, label=LABELS.get(name, name))
-        if "bf16" in found and name not in ("bf16", "shared"):
+        if "bf16" in found and name not in ("bf16", SHARED):
             both = min(len(curve), len(found["bf16"]))
             gap = 100 * (curve[:both] / found["bf16"][:both] - 1)
             below.plot(steps[:both], gap, color=line.get_color())
@@ -216,13 +218,15 @@ def main() -> None:
             Path(arguments.out).write_text(json.dumps(about | {"summary": summary, "runs": runs}) + "\n")
         return summary.get(name)
 
-    run_all(configs, limits, text, arguments.shared, deadline, save)
+    together = ["--config.mesh.data=-1", *(f"--config.{field}" for field in VARIANTS["bf16"])]
+    start, _ = trainer.parse([f"--config={arguments.config}", *overrides, *together])
+    run_all(configs, limits, text, (start, arguments.shared), deadline, save)
     if arguments.plot:
         plot(runs, arguments.plot)
 
 
-def run_all(configs: dict, limits: dict, text: Text, shared: int, deadline: float, save) -> None:
-    """Trains every variant from one state: the first one's, `shared` steps old."""
+def run_all(configs: dict, limits: dict, text: Text, shared: tuple, deadline: float, save) -> None:
+    """Trains every variant from one state: that of `shared`, a configuration and a number of steps."""
     import jax
     import jax.numpy as jnp
 
@@ -235,6 +239,9 @@ def run_all(configs: dict, limits: dict, text: Text, shared: int, deadline: floa
         name: make_mesh(config.mesh, [devices[i % len(devices)]])
         for i, (name, config) in enumerate(configs.items())
     }
+    start_config, first = shared
+    meshes[SHARED] = make_mesh(start_config.mesh, devices)
+    configs = {SHARED: start_config, **configs} if first else configs
 
     def inputs(name):
         return lambda step: text.inputs(meshes[name], step)
@@ -265,18 +272,16 @@ def run_all(configs: dict, limits: dict, text: Text, shared: int, deadline: floa
                 places = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
                 state = jax.device_put(jax.tree.map(jnp.copy, start), places)
                 keep = functools.partial(save, name)
-                _, found = train(config, program, state, inputs(name), shared, steps, until, keep)
+                _, found = train(config, program, state, inputs(name), first, steps, until, keep)
             print(name, json.dumps(found), flush=True)
 
-    first = next(iter(configs))
-    with ThreadPoolExecutor(len(devices)) as compiling, ThreadPoolExecutor(len(devices)) as running:
+    with ThreadPoolExecutor(1 + len(devices)) as compiling, ThreadPoolExecutor(len(devices)) as running:
         programs = {name: compiling.submit(compiled, name) for name in configs}
-        program = programs[first].result()
-        start = init_state(configs[first], meshes[first])
-        if shared and program is not None:
-            until = 0, shared, deadline, functools.partial(save, "shared")
-            start, _ = train(configs[first], program, start, inputs(first), *until)
-        names = list(configs)
+        start = init_state(start_config, meshes[SHARED])
+        if first and (program := programs[SHARED].result()) is not None:
+            until = 0, first, deadline, functools.partial(save, SHARED)
+            start, _ = train(start_config, program, start, inputs(SHARED), *until)
+        names = [name for name in configs if name != SHARED]
         queues = [names[i :: len(devices)] for i in range(len(devices))]
         for job in [running.submit(turn, queue, start) for queue in queues]:
             job.result()
