@@ -83,9 +83,39 @@ def label(path: str) -> str:
     return f"{direction} {part}"
 
 
+def labels_of_collectives(found: list[Event], text: str) -> dict[str, str]:
+    """Label and operation of each collective of a profile, as "forward dispatch all-to-all".
+
+    A profile names what an asynchronous start wraps, which the text of a program leaves out. Both are
+    numbered in the same order.
+    """
+    path, named = paths(text), {}
+    unknown: dict[str, set[str]] = defaultdict(set)
+    for event in found:
+        match = re.match(r"[a-z-]*[a-z]", event.instruction.replace("_", "-").replace("-start", ""))
+        operation = match.group() if match else ""
+        if event.instruction in path:
+            named[event.instruction] = f"{label(path[event.instruction])} {operation}"
+        elif operation:
+            unknown[operation].add(event.instruction)
+    for operation, names in unknown.items():
+        pairs = between_starts_and_dones(text, operation, label)
+        known = len(pairs) == len(names)
+        ordered = sorted((pair.name for pair in pairs), key=_numbers) if known else sorted(names)
+        of = {pair.name: pair.label for pair in pairs}
+        for name, start in zip(sorted(names, key=_numbers), ordered, strict=True):
+            named[name] = f"{of.get(start, 'other')} {operation}"
+    return named
+
+
+def _numbers(name: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", name)]
+
+
 def beside_exchanges(found: list[Event], text: str) -> dict:
     """Of each device, a step: collectives by kind, and what ran while tokens travelled."""
     path = paths(text)
+    named = labels_of_collectives([event for event in found if "nccl" in event.name.lower()], text)
     devices = {}
     for device in sorted({event.device for event in found}):
         mine = [event for event in found if event.device == device]
@@ -94,9 +124,7 @@ def beside_exchanges(found: list[Event], text: str) -> dict:
         busy = merged((event.start, event.end) for event in work)
         kinds: dict[str, list] = defaultdict(list)
         for event in travel:
-            operation = re.match(r"[a-z-]*", event.instruction.replace("_", "-").replace("-start", ""))
-            direction = label(path.get(event.instruction, "")).split()[0]
-            kinds[f"{direction} {operation.group() if operation else ''}"].append((event.start, event.end))
+            kinds[named.get(event.instruction, "other")].append((event.start, event.end))
         collectives = {
             kind: {
                 "ms": round(length(merged(spans)) / PROFILED, 3),
@@ -108,7 +136,11 @@ def beside_exchanges(found: list[Event], text: str) -> dict:
         devices[device] = {
             "step_ms": (mine[-1].start - mine[0].start) / PROFILED,
             "collectives": collectives,
-            **{way: _beside(work, kinds[f"{way} all-to-all"], path) for way in ("forward", "backward")},
+            "beside": {
+                kind: _beside(work, spans, path)
+                for kind, spans in sorted(kinds.items())
+                if kind.endswith("all-to-all")
+            },
         }
     return devices
 
