@@ -300,3 +300,17 @@ def test_as_exact_as_plain_jax_and_repeatable(shape, factor):
             mistake, theirs = (size(x[finite] - want[finite]) for x in (mine, plain))
             # 1.5 times the error of plain JAX with the same roundings; 2^-11 and less is rounding itself.
             assert mistake <= 1.5 * max(theirs, 2**-11 * size(want[finite]))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a Hopper GPU")
+@pytest.mark.parametrize("heads", [6, 16, 24, 128])
+def test_queries_together_find_what_each_finds_alone(heads):
+    """To the bit, up to `FEW_TOKENS`: so speculation chooses as plain decoding does."""
+    (q, c_kv, k_rope, _), options = Shape(1, 300, heads, s_q=4).operands()
+    call = jax.jit(functools.partial(mla_decode, implementation="mosaic_gpu", **options))
+    for length in (4, 130, 300):  # Within a block, over the border of one, and the whole cache.
+        together, _ = call(q, c_kv, k_rope, jnp.array([length], jnp.int32))
+        for i in range(4):
+            alone, _ = call(q[:, i : i + 1], c_kv, k_rope, jnp.array([length - 3 + i], jnp.int32))
+            np.testing.assert_array_equal(together[:, i], alone[:, 0])
