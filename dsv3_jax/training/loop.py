@@ -14,11 +14,11 @@ from dsv3_jax.config import Config
 from dsv3_jax.config_reading import ConfigError, Problem
 from dsv3_jax.data import Loader, Tokenizer, bigram_cross_entropy
 from dsv3_jax.parallel import distributed
-from dsv3_jax.training import ema, plots, schedules
+from dsv3_jax.training import plots, schedules
 from dsv3_jax.training.report import METRICS_FILE, NoReport, Report, read_metrics
 from dsv3_jax.training.sample import sample_text
-from dsv3_jax.training.state import TrainState, abstract_state, make_model, shardings
-from dsv3_jax.training.step import Metrics, Schedules, batch_sharding, make_eval_step, make_train_step
+from dsv3_jax.training.state import TrainState, make_model
+from dsv3_jax.training.step import Metrics, Schedules, batch_sharding, make_eval_step
 from dsv3_jax.training.throughput import flops_per_token, peak_flops
 
 
@@ -81,41 +81,6 @@ def schedules_at(config: Config, step: int, tokens: int) -> Schedules:
     )
     # Scalars of one dtype whatever the values, so that the step compiles once.
     return Schedules(*(jnp.float32(value) for value in values))
-
-
-class Steps:
-    """Training steps, with the moving average of the parameters if there is one.
-
-    They replace what `state` holds: "train", a `TrainState`, and "ema". Where the average is updated beside
-    the next step, it is a step behind until `catch_up`.
-    """
-
-    def __init__(self, config: Config, mesh: Mesh) -> None:
-        self._averages = config.train.ema_decay > 0
-        self._beside = ema.is_beside_step(config, mesh)
-        self._step = distributed.together(make_train_step(config, mesh, average=self._beside))
-        layout = ema.shardings(shardings(abstract_state(config, mesh).params), config.train.ema_memory)
-        self._update = ema.make_update(config.train.ema_decay, layout)
-        self._behind: Any = None  # Whether the last step changed the parameters; None: the average has them.
-
-    def __call__(self, state: dict[str, Any], batch: Any, n_micro: Any, rates: Schedules) -> Metrics:
-        """One step; the arguments after `state` are those of `make_train_step`."""
-        if self._beside:
-            changed = np.bool_(False) if self._behind is None else self._behind
-            given = state["train"], batch, n_micro, rates, state["ema"], changed
-            state["train"], metrics, state["ema"] = self._step(*given)
-            self._behind = metrics.finite
-            return metrics
-        state["train"], metrics = self._step(state["train"], batch, n_micro, rates)
-        if self._averages:
-            state["ema"] = self._update(state["ema"], state["train"].params, metrics.finite)
-        return metrics
-
-    def catch_up(self, state: dict[str, Any]) -> None:
-        """Brings the average up to the last step."""
-        if self._behind is not None:
-            state["ema"] = self._update(state["ema"], state["train"].params, self._behind)
-            self._behind = None
 
 
 def make_evaluation(
