@@ -95,8 +95,8 @@ def absorbed(
     h: Float[Array, "batch seq d"],
     turn: Rotation,
     cache: LatentCache,
-    where: Int[Array, "batch streams seq"],
-    lengths: Int[Array, " batch"],
+    where: Int[Array, "sequences streams newest"],
+    lengths: Int[Array, " sequences"],
     config: ModelConfig,
     real: int | None = None,
 ) -> tuple[Float[Array, "batch seq d"], LayerCache]:
@@ -105,7 +105,7 @@ def absorbed(
     q' = W_UK^T q_C lives in the latent space, all heads attend to one key [c_KV; k_R] whose value is c_KV,
     and W_UV follows. `lengths` counts the entries of each sequence, those of `h` included, its last. `cache`
     has one layer. Returns the output after W_O, and the layer with the new entries. If `real` is given, so
-    many rows of `h` and `turn` are tokens (`linear.real_tokens`); `where` still says of which sequence.
+    many rows of `h` and `turn` are the tokens (`linear.real_tokens`); else these are [sequences, newest].
     """
 
     def together(x: Array) -> Array:

@@ -35,9 +35,8 @@ class Reading(NamedTuple):
     at: Int[Array, "*batch"]
 
 
-@functools.partial(
-    jax.jit, static_argnames=("config", "block", "real")
-)  # Traced once for layers that are alike.
+# Traced once for layers that are alike.
+@functools.partial(jax.jit, static_argnames=("config", "block", "real"))
 def _block(
     w: Any,
     x: Array,

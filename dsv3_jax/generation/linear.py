@@ -28,8 +28,8 @@ def real_tokens(batch: int, seq: int) -> int | None:
     return batch * seq if few else None
 
 
-def as_rows(x: Float[Array, "*batch_seq k"], tokens: int) -> Float[Array, "rows 1 k"]:
-    """The first dimensions, which count `tokens`, as `FEW_TOKENS` rows."""
+def as_rows(x: Float[Array, "*shape"], tokens: int) -> Float[Array, "few 1 k"]:
+    """An array whose first dimensions count `tokens`, as `FEW_TOKENS` rows of all that it has of each."""
     x = x.reshape(tokens, 1, -1)
     return jnp.pad(x, ((0, FEW_TOKENS - tokens), (0, 0), (0, 0)))
 

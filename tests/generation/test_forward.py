@@ -84,6 +84,21 @@ def test_several_tokens_at_once():
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(("name", "batch", "seq"), [("v3", 1, 3), ("v3", 2, 2), ("gqa", 3, 1)])
+def test_few_tokens_as_rows_of_one_shape(monkeypatch, name, batch, seq):
+    """As a GPU has them: zeros after the tokens change nothing, and are written nowhere."""
+    config, (texts, prompts) = CONFIGS[name], ragged(name)
+    cache = init_cache(config, batch, 40, "fp32")
+    cache, _ = prefill(weights(name), cache, prompts[:batch], LENGTHS[:batch], config, chunk=16, drafts=0)
+    arguments = weights(name), cache, texts[:batch, :seq], np.ones(batch, bool)
+    expected, written = decode(*arguments, config)
+    monkeypatch.setattr(forward, "real_tokens", lambda batch, seq: batch * seq)
+    found, cache = jax.jit(lambda *given: forward.decode(*given, config))(*arguments)
+    # float32, values near 1, products of other shapes: a few hundred roundings of 6e-8.
+    for a, b in zip(jax.tree.leaves((found, cache)), jax.tree.leaves((expected, written)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+
+
 def test_chunked_prefill():
     found, expected = decoded("v3", "fp32", PAGE, chunk=4)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
