@@ -51,8 +51,9 @@ def attention(q, c_kv, k_rope, lengths, page_table, c_kv_scale, k_rope_scale, *,
     if scale <= 0:  # The kernel folds a positive scale into the exponent.
         q, scale = (-q, -scale) if scale < 0 else (jnp.zeros_like(q), 1.0)
     batch, s_q, heads, _ = q.shape
-    # Few tokens choose as if each came alone: then what one finds does not depend on how many come.
-    rows_alike = heads if batch * s_q <= implementations.FEW_TOKENS else s_q * heads
+    # Few tokens of few heads choose as if each came alone: then what one finds does not depend on the others.
+    alone = heads <= mosaic_gpu_few_rows.ROWS and batch * s_q <= implementations.FEW_TOKENS
+    rows_alike = heads if alone else s_q * heads
     few = c_kv_scale is not None or rows_alike <= mosaic_gpu_few_rows.ROWS
     tile_rows = mosaic_gpu_few_rows.ROWS if few else ROWS
     groups = max(1, hopper.multiprocessors() // -(-rows_alike // tile_rows))

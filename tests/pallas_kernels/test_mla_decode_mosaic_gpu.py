@@ -304,7 +304,7 @@ def test_as_exact_as_plain_jax_and_repeatable(shape, factor):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a Hopper GPU")
-@pytest.mark.parametrize("heads", [6, 16, 24, 128])
+@pytest.mark.parametrize("heads", [6, 16])
 def test_queries_together_find_what_each_finds_alone(heads):
     """To the bit, up to `FEW_TOKENS`: so speculation chooses as plain decoding does."""
     (q, c_kv, k_rope, _), options = Shape(1, 300, heads, s_q=4).operands()
