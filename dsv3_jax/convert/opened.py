@@ -72,7 +72,7 @@ def open_source(path: str | Path, keep_fp8: bool = False, quick: bool = False) -
     Raises:
       ConversionError: it is none of them, or damaged.
     """
-    path = Path(path)
+    path = Path(path).absolute()  # TensorStore and Orbax take no others.
     if (path / native.MANIFEST).exists():
         folder = NativeFolder(path)
         yield Opened("dsv3", folder, folder.huggingface, extras(path / native.EXTRAS))

@@ -35,9 +35,10 @@ def workdir(tmp_path_factory):
     return folder
 
 
-def test_generate(workdir, capfd):
+def test_generate(workdir, capfd, monkeypatch):
+    monkeypatch.chdir(workdir.parent)  # A relative path, as people give it.
     code = main(
-        ["generate", "--checkpoint", str(workdir), "--prompt", "def f", "--max-new-tokens", "12"]
+        ["generate", "--checkpoint", workdir.name, "--prompt", "def f", "--max-new-tokens", "12"]
         + ["--temperature", "0", "--speculate", "--cache-dtype", "fp32"]
     )
     out, err = capfd.readouterr()
