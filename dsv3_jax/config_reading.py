@@ -62,7 +62,14 @@ def _names(tree: Any, prefix: str = "") -> list[str]:
 
 
 def _unknown(path: str, names: list[str]) -> str:
-    close = difflib.get_close_matches(path, names, n=1, cutoff=0.5)
+    def last(name: str) -> str:
+        return name.rpartition(".")[2]
+
+    # Of fields whose own name is much like it, whatever their section; else of all.
+    alike = difflib.get_close_matches(last(path), {last(name) for name in names}, n=1, cutoff=0.75)
+    close = difflib.get_close_matches(
+        path, [name for name in names if not alike or last(name) in alike], n=1, cutoff=0 if alike else 0.5
+    )
     return f"unknown field; did you mean {close[0]}?" if close else "unknown field; remove it"
 
 

@@ -29,6 +29,10 @@ BAD = {
         ["model.n_layer=3"],
         ["model.n_layer = '3': unknown field; did you mean model.n_layers?"],
     ),
+    "unknown key of another section": (
+        ["model.n_headz=3"],
+        ["model.n_headz = '3': unknown field; did you mean model.attention.n_heads?"],
+    ),
     "wrong type": (["train.steps=many"], ["train.steps = 'many': must be a whole number, for example"]),
     "a list of the wrong things": (
         ["optimizer.milestones=['x']"],
