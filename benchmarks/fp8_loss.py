@@ -218,15 +218,17 @@ def main() -> None:
             Path(arguments.out).write_text(json.dumps(about | {"summary": summary, "runs": runs}) + "\n")
         return summary.get(name)
 
-    together = ["--config.mesh.data=-1", *(f"--config.{field}" for field in VARIANTS["bf16"])]
-    start, _ = trainer.parse([f"--config={arguments.config}", *overrides, *together])
-    run_all(configs, limits, text, (start, arguments.shared), deadline, save)
+    if arguments.shared:
+        together = ["--config.mesh.data=-1", *(f"--config.{field}" for field in VARIANTS["bf16"])]
+        start, _ = trainer.parse([f"--config={arguments.config}", *overrides, *together])
+        configs = {SHARED: start, **configs}
+    run_all(configs, limits, text, arguments.shared, deadline, save)
     if arguments.plot:
         plot(runs, arguments.plot)
 
 
-def run_all(configs: dict, limits: dict, text: Text, shared: tuple, deadline: float, save) -> None:
-    """Trains every variant from one state: that of `shared`, a configuration and a number of steps."""
+def run_all(configs: dict, limits: dict, text: Text, shared: int, deadline: float, save) -> None:
+    """Trains every variant from one state: that of configuration `SHARED` after `shared` steps, if any."""
     import jax
     import jax.numpy as jnp
 
@@ -235,13 +237,12 @@ def run_all(configs: dict, limits: dict, text: Text, shared: tuple, deadline: fl
     from dsv3_jax.training.step import make_train_step
 
     devices = jax.devices()
+    names = [name for name in configs if name != SHARED]
     meshes = {
-        name: make_mesh(config.mesh, [devices[i % len(devices)]])
-        for i, (name, config) in enumerate(configs.items())
+        name: make_mesh(configs[name].mesh, [devices[i % len(devices)]]) for i, name in enumerate(names)
     }
-    start_config, first = shared
-    meshes[SHARED] = make_mesh(start_config.mesh, devices)
-    configs = {SHARED: start_config, **configs} if first else configs
+    if shared:
+        meshes[SHARED] = make_mesh(configs[SHARED].mesh, devices)
 
     def inputs(name):
         return lambda step: text.inputs(meshes[name], step)
@@ -272,16 +273,16 @@ def run_all(configs: dict, limits: dict, text: Text, shared: tuple, deadline: fl
                 places = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
                 state = jax.device_put(jax.tree.map(jnp.copy, start), places)
                 keep = functools.partial(save, name)
-                _, found = train(config, program, state, inputs(name), first, steps, until, keep)
+                _, found = train(config, program, state, inputs(name), shared, steps, until, keep)
             print(name, json.dumps(found), flush=True)
 
     with ThreadPoolExecutor(1 + len(devices)) as compiling, ThreadPoolExecutor(len(devices)) as running:
         programs = {name: compiling.submit(compiled, name) for name in configs}
-        start = init_state(start_config, meshes[SHARED])
-        if first and (program := programs[SHARED].result()) is not None:
-            until = 0, first, deadline, functools.partial(save, SHARED)
-            start, _ = train(start_config, program, start, inputs(SHARED), *until)
-        names = [name for name in configs if name != SHARED]
+        first = next(iter(configs))  # The shared start, if there is one.
+        start = init_state(configs[first], meshes[first])
+        if shared and (program := programs[first].result()) is not None:
+            until = 0, shared, deadline, functools.partial(save, SHARED)
+            start, _ = train(configs[first], program, start, inputs(first), *until)
         queues = [names[i :: len(devices)] for i in range(len(devices))]
         for job in [running.submit(turn, queue, start) for queue in queues]:
             job.result()

@@ -86,8 +86,8 @@ def label(path: str) -> str:
 def labels_of_collectives(found: list[Event], text: str) -> dict[str, str]:
     """Label and operation of each collective of a profile, as "forward dispatch all-to-all".
 
-    A profile names what an asynchronous start wraps, which the text of a program leaves out. Both are
-    numbered in the same order.
+    A profile seems to name what an asynchronous start wraps, which the text of a program leaves out. Both are
+    taken to be numbered in the same order; where their numbers differ the label is "other".
     """
     path, named = paths(text), {}
     unknown: dict[str, set[str]] = defaultdict(set)

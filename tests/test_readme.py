@@ -8,7 +8,8 @@ import pytest
 
 from dsv3_jax import cli
 
-LINES = Path("README.md").read_text(encoding="utf-8").splitlines()
+ROOT = Path(__file__).parents[1]
+LINES = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
 COMMANDS = [
     line.split(" #")[0].strip() for line in LINES if re.match("    dsv3 (plan|inspect --config)", line)
 ]
@@ -19,5 +20,6 @@ def test_there_are_some():
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands(command, capsys):
+def test_commands(command, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
     assert cli.main(shlex.split(command)[1:]) == 0, capsys.readouterr().err

@@ -110,7 +110,7 @@ def absorbed(
 
     def together(x: Array) -> Array:
         """Tokens by sequence."""
-        return x if real is None else x[:real].reshape(where.shape[0], where.shape[2], *x.shape[2:])
+        return x[:real].reshape(where.shape[0], where.shape[2], *x.shape[2:])
 
     q, c_kv, k_rope = _project(w, h, turn, config, real)
     layer = write(cache.layers[0], where, together(c_kv), together(k_rope))
@@ -121,8 +121,7 @@ def absorbed(
     else:
         q = jnp.concatenate([jnp.zeros_like(q), q], -1)
     out = _over_streams(together(q), cache, layer, lengths, _scale(config))
-    if real is not None:
-        out = as_rows(out, real).reshape(*q.shape[:3], -1)
+    out = as_rows(out, real).reshape(*q.shape[:3], -1)
     if mla:
         out = per_head(out, w["w_uv"], real)
     return linear(out.reshape(*h.shape[:2], -1), w["w_o"], real), layer

@@ -39,7 +39,7 @@ def moe(
         out = chosen_experts(x, indices, gates, w["gate_up"], w["down"])
     else:
         out = experts_on_rows(x[:real], indices, gates, w["gate_up"], w["down"], config.implementation)
-    out = (out if real is None else as_rows(out, real)).reshape(u.shape)
+    out = as_rows(out, real).reshape(u.shape)
     return out + ffn(u, w["shared"]["gate_up"], w["shared"]["down"]) if apart else out
 
 

@@ -165,13 +165,11 @@ def decode(
     """
     batch, seq = tokens.shape
     reading = _newest(cache, cache.lengths + seq, seq, active, config)
-    x, real = weights.embedding[tokens], real_tokens(batch, seq)
-    if real is not None:
-        x = as_rows(x, real)
-        reading = reading._replace(turn=jax.tree.map(lambda part: as_rows(part, real), reading.turn))
+    real = real_tokens(batch, seq)
+    x = as_rows(weights.embedding[tokens], real)
+    reading = reading._replace(turn=jax.tree.map(lambda part: as_rows(part, real), reading.turn))
     hidden, layers = _main(weights, x, cache, reading, config, None, real)
-    if real is not None:
-        hidden = hidden[:real].reshape(batch, seq, -1)
+    hidden = hidden[:real].reshape(batch, seq, -1)
     return hidden, replace(cache, layers=(*layers, *cache.layers[config.n_layers :]))
 
 

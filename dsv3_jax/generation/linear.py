@@ -28,10 +28,11 @@ def real_tokens(batch: int, seq: int) -> int | None:
     return batch * seq if few else None
 
 
-def as_rows(x: Float[Array, "*shape"], tokens: int) -> Float[Array, "few 1 k"]:
-    """An array whose first dimensions count `tokens`, as `FEW_TOKENS` rows of all that it has of each."""
-    x = x.reshape(tokens, 1, -1)
-    return jnp.pad(x, ((0, FEW_TOKENS - tokens), (0, 0), (0, 0)))
+def as_rows(x: Array, real: int | None) -> Array:
+    """`x`, whose first dimensions count `real` tokens, as `[FEW_TOKENS, 1, all of each]`; itself for None."""
+    if real is None:
+        return x
+    return jnp.pad(x.reshape(real, 1, -1), ((0, FEW_TOKENS - real), (0, 0), (0, 0)))
 
 
 def alike(f: Callable[..., Any], real: int | None, x: Array, *constants: Any) -> Any:
@@ -48,14 +49,13 @@ def _has_kernel(rows: Array, matrices: Array, indices: Array) -> bool:
 def linear(
     x: Float[Array, "*batch k"], w: Float[Array, "k n"], real: int | None = None, *, wide: bool = False
 ) -> Float[Array, "*batch n"]:
-    """`x @ w` in the dtype of x, or in float32 if `wide`."""
+    """`x @ w` in the dtype of x, or in float32 if `wide`; zero for rows after the `real` ones."""
     dtype = jnp.float32 if wide else x.dtype
     rows = x.reshape(-1, x.shape[-1])
     only = jnp.zeros(real or len(rows), jnp.int32)
     # More rows of one matrix want the tensor cores.
     if len(rows) <= FEW_TOKENS and _has_kernel(rows, w[None], only):
-        found = gather_matvec(rows, w[None], only, alike=1)
-        found = found if real is None else as_rows(found, real)
+        found = as_rows(gather_matvec(rows, w[None], only, alike=1), real)
         return found.reshape(*x.shape[:-1], -1).astype(dtype)
     return jnp.matmul(x, w, preferred_element_type=dtype)
 
@@ -63,13 +63,12 @@ def linear(
 def per_head(
     x: Float[Array, "batch seq heads k"], w: Float[Array, "heads k n"], real: int | None = None
 ) -> Float[Array, "batch seq heads n"]:
-    """Each head's vector times its own matrix, in the dtype of x."""
+    """Each head's vector times its own matrix, in the dtype of x; zero for rows after the `real` ones."""
     *tokens, heads, k = x.shape
     rows = x.reshape(-1, k)
     count = len(rows) // heads
     head = jnp.tile(jnp.arange(heads), real or count)
     if count <= FEW_TOKENS and _has_kernel(rows, w, head):
-        found = gather_matvec(rows, w, head, alike=heads)
-        found = found if real is None else as_rows(found, real)
+        found = as_rows(gather_matvec(rows, w, head, alike=heads), real)
         return found.reshape(*tokens, heads, -1).astype(x.dtype)
     return jnp.einsum("bshk,hkn->bshn", x, w)

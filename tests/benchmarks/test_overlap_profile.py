@@ -3,7 +3,7 @@
 from benchmarks.overlap_profile import PROFILED, beside_exchanges
 from benchmarks.profile_events import Event
 
-# The text leaves out what asynchronous starts wrap: here all_to_all.54 and .101, as the profile names them.
+# The text leaves out what asynchronous starts wrap: here all_to_all.54 and .101, names that are made up.
 TEXT = """HloModule step
 
 ENTRY %main {
