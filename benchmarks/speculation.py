@@ -118,9 +118,8 @@ def _forward(variables, tokens, config):
     jax.jit, static_argnames="config", donate_argnames="cache", compiler_options=linear.AS_WRITTEN
 )
 def _decode(weights, cache, tokens, config):
-    hidden, cache = forward.decode(weights, cache, tokens, jnp.ones(1, bool), config)
-    cache = dataclasses.replace(cache, lengths=cache.lengths + tokens.shape[1])
-    return forward.head(weights, hidden[0]), cache
+    _, logits, cache = forward.decode(weights, cache, tokens, jnp.ones(1, bool), config)
+    return logits[0], dataclasses.replace(cache, lengths=cache.lengths + tokens.shape[1])
 
 
 def logits_of(model: ModelConfig, variables: Any, way: Generator, text: list[int], read: int) -> dict:

@@ -15,11 +15,6 @@ import jax
 
 log = logging.getLogger("pallas_kernels")
 
-# Of at most so many tokens in a step each finds, on a GPU, what it would find alone, to the bit: speculation,
-# which verifies several at once, then chooses as decoding one by one does. Kernels divide their work there
-# by what one token needs.
-FEW_TOKENS = 4
-
 _alone: Any = jax.make_user_context(False)
 _target: ContextVar[str | None] = ContextVar("target_platform", default=None)
 

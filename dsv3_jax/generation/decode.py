@@ -75,8 +75,7 @@ def step(weights: Weights, state: DecodeState, config: ModelConfig) -> tuple[Dec
         proposal, cache = propose(weights, cache, *arguments, config, greedy=state.greedy)
         tokens = jnp.concatenate([tokens, proposal.tokens], 1)
     with jax.named_scope("decode"):
-        hidden, cache = forward.decode(weights, cache, tokens, state.active, config)
-    logits = forward.head(weights, hidden)
+        hidden, logits, cache = forward.decode(weights, cache, tokens, state.active, config)
     with jax.named_scope("sample"):
         seen, choices = state.seen, []
         for j in range(drafts + 1):

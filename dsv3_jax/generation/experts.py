@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import MoEConfig
-from dsv3_jax.generation.linear import alike, as_rows
+from dsv3_jax.generation.linear import Rows, alike, as_rows, linear
 from dsv3_jax.model.experts import experts_on_rows
-from dsv3_jax.model.layers import ffn, swiglu
+from dsv3_jax.model.layers import swiglu
 from dsv3_jax.model.router import route
 from pallas_kernels import implementations
 from pallas_kernels.gather_matvec import gather_matvec
@@ -19,28 +19,35 @@ SHARES = {"cpu": 4, "gpu": 1, "tpu": 1}
 
 
 def moe(
-    w: Any, u: Float[Array, "batch seq d"], config: MoEConfig, real: int | None = None
+    w: Any, u: Float[Array, "batch seq d"], config: MoEConfig, rows: Rows | None = None
 ) -> Float[Array, "batch seq d"]:
     """`FFN_shared(u) + sum_i g_i FFN_i(u)` (DeepSeek-V3 eq 12), without the residual.
 
     Shared experts that `weights.prepare` has put after the routed ones are chosen by everybody, with gate 1.
-    `real` of the tokens are some, the others zeros (`linear.real_tokens`).
+    Rows after the real ones (`linear.Rows`) choose nobody.
     """
-    routing = alike(route, real, u, w["centroids"], w["bias"], config)
+    routing = alike(route, rows, u, w["centroids"], w["bias"], config)
     x = u.reshape(-1, u.shape[-1])
-    indices, gates = (part.reshape(len(x), -1)[:real] for part in (routing.indices, routing.gates))
+    indices, gates = (part.reshape(len(x), -1) for part in (routing.indices, routing.gates))
     few = SHARES[implementations.platform()] * indices.size <= config.n_experts
     apart = "shared" in w
     if config.n_shared and not apart:
         shared = config.n_experts + jnp.arange(config.n_shared, dtype=indices.dtype)
         indices = jnp.concatenate([indices, jnp.broadcast_to(shared, (len(indices), config.n_shared))], -1)
         gates = jnp.pad(gates, ((0, 0), (0, config.n_shared)), constant_values=1.0)
+    weights = w["gate_up"], w["down"]
     if few:
-        out = chosen_experts(x, indices, gates, w["gate_up"], w["down"])
+        real = rows.real if rows else None
+        out = as_rows(chosen_experts(x, indices[:real], gates[:real], *weights), rows)
     else:
-        out = experts_on_rows(x[:real], indices, gates, w["gate_up"], w["down"], config.implementation)
-    out = as_rows(out, real).reshape(u.shape)
-    return out + ffn(u, w["shared"]["gate_up"], w["shared"]["down"]) if apart else out
+        if rows is not None:  # An expert that does not exist has no rows to multiply.
+            indices = jnp.where(jnp.arange(len(x))[:, None] < rows.real, indices, len(weights[0]))
+        grouped = functools.partial(experts_on_rows, implementation=config.implementation)
+        out = alike(grouped, rows, x, indices, gates, *weights)
+    out = out.reshape(u.shape)
+    if not apart:
+        return out
+    return out + linear(swiglu(linear(u, w["shared"]["gate_up"], rows)), w["shared"]["down"], rows)
 
 
 def chosen_experts(

@@ -12,7 +12,7 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.generation.attention import absorbed, expanded
 from dsv3_jax.generation.cache import LatentCache, LayerCache, places
 from dsv3_jax.generation.experts import moe
-from dsv3_jax.generation.linear import alike, as_rows, linear, real_tokens
+from dsv3_jax.generation.linear import Rows, alike, as_rows, linear, rows_of
 from dsv3_jax.generation.weights import Weights
 from dsv3_jax.model.attention import rope_dim
 from dsv3_jax.model.layers import rms_norm, swiglu
@@ -36,7 +36,7 @@ class Reading(NamedTuple):
 
 
 # Traced once for layers that are alike.
-@functools.partial(jax.jit, static_argnames=("config", "block", "real"))
+@functools.partial(jax.jit, static_argnames=("config", "block", "rows"))
 def _block(
     w: Any,
     x: Array,
@@ -44,24 +44,24 @@ def _block(
     reading: Reading,
     config: ModelConfig,
     block: int | None,
-    real: int | None = None,
+    rows: Rows | None = None,
 ) -> tuple[Array, LayerCache]:
     """A pre-norm block: `x + attention(norm(x))`, then `x + ffn(norm(x))`.
 
-    `block` is that of the expanded form; None is the absorbed form, for `real` rows (`linear.real_tokens`).
+    `block` is that of the expanded form; None is the absorbed form, of tokens laid out as `rows` says.
     """
     cache = replace(reading.cache, layers=(layer,))
     with jax.named_scope("attention"):
-        normal = alike(rms_norm, real, x, w["attention_norm"], config.norm_eps)
+        normal = alike(rms_norm, rows, x, w["attention_norm"], config.norm_eps)
         parts = (w["attention"], normal, reading.turn, cache, reading.where, reading.at)
-        out, layer = absorbed(*parts, config, real) if block is None else expanded(*parts, block, config)
+        out, layer = absorbed(*parts, config, rows) if block is None else expanded(*parts, block, config)
         x = x + out
-    normal = alike(rms_norm, real, x, w["ffn_norm"], config.norm_eps)
+    normal = alike(rms_norm, rows, x, w["ffn_norm"], config.norm_eps)
     if "moe" in w:
         with jax.named_scope("moe"):
-            return x + moe(w["moe"], normal, config.moe, real), layer
+            return x + moe(w["moe"], normal, config.moe, rows), layer
     with jax.named_scope("dense_ffn"):
-        return x + linear(swiglu(linear(normal, w["ffn"]["gate_up"], real)), w["ffn"]["down"], real), layer
+        return x + linear(swiglu(linear(normal, w["ffn"]["gate_up"], rows)), w["ffn"]["down"], rows), layer
 
 
 def _merge(w: Any, hidden: Array, embedded: Array, config: ModelConfig) -> Array:
@@ -133,13 +133,13 @@ def _main(
     reading: Reading,
     config: ModelConfig,
     block: int | None,
-    real: int | None = None,
+    rows: Rows | None = None,
 ) -> tuple[Array, list[LayerCache]]:
     layers = []
     for w, layer in zip(weights.layers, cache.layers[: config.n_layers], strict=True):
-        x, layer = _block(w, x, layer, reading, config, block, real)
+        x, layer = _block(w, x, layer, reading, config, block, rows)
         layers.append(layer)
-    return alike(rms_norm, real, x, weights.final_norm, config.norm_eps), layers
+    return alike(rms_norm, rows, x, weights.final_norm, config.norm_eps), layers
 
 
 def _newest(cache: LatentCache, lengths: Array, seq: int, active: Array, config: ModelConfig) -> Reading:
@@ -157,20 +157,21 @@ def decode(
     tokens: Int[Array, "batch seq"],
     active: Array,
     config: ModelConfig,
-) -> tuple[Float[Array, "batch seq d"], LatentCache]:
+) -> tuple[Float[Array, "batch seq d"], Float[Array, "batch seq vocab"], LatentCache]:
     """Reads the next `seq` tokens of every sequence in the absorbed form.
 
     Sequences that are not `active` write nothing. `cache.lengths` is left for the caller to advance, by the
-    tokens that are kept. Returns the hidden states after the final norm, and the cache.
+    tokens that are kept. Returns the hidden states after the final norm, the logits in float32 and the cache.
     """
     batch, seq = tokens.shape
     reading = _newest(cache, cache.lengths + seq, seq, active, config)
-    real = real_tokens(batch, seq)
-    x = as_rows(weights.embedding[tokens], real)
-    reading = reading._replace(turn=jax.tree.map(lambda part: as_rows(part, real), reading.turn))
-    hidden, layers = _main(weights, x, cache, reading, config, None, real)
-    hidden = hidden[:real].reshape(batch, seq, -1)
-    return hidden, replace(cache, layers=(*layers, *cache.layers[config.n_layers :]))
+    rows = rows_of(batch, seq, config)
+    x = as_rows(weights.embedding[tokens], rows)
+    reading = reading._replace(turn=jax.tree.map(lambda part: as_rows(part, rows), reading.turn))
+    hidden, layers = _main(weights, x, cache, reading, config, None, rows)
+    logits = linear(hidden, weights.head, rows, wide=True)
+    hidden, logits = (x[: rows and rows.real].reshape(batch, seq, -1) for x in (hidden, logits))
+    return hidden, logits, replace(cache, layers=(*layers, *cache.layers[config.n_layers :]))
 
 
 def draft(

@@ -82,7 +82,9 @@ def _calls(
         return mla_attention(q, k, v, k_rope=rope, implementation=implementation)
 
     def decoding(q: Any, c_kv: Any, rope: Any, lengths: Any, *scales: Any, implementation: str) -> Any:
-        options = dict(zip(("c_kv_scale", "k_rope_scale"), scales, strict=True)) if scales else {}
+        options: dict[str, Any] = {"alike": config.mtp.depth > 0}  # As `linear.rows_of`.
+        if scales:
+            options |= zip(("c_kv_scale", "k_rope_scale"), scales, strict=True)
         return mla_decode(q, c_kv, rope, lengths, scale=scale, implementation=implementation, **options)[0]
 
     q = normal(1, _POSITIONS, heads, a.qk_nope_head_dim + a.qk_rope_head_dim)

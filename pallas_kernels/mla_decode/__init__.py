@@ -30,6 +30,7 @@ def mla_decode(
     page_table: Int32[Array, "batch max_pages"] | None = None,
     c_kv_scale: Float32[Array, "rows slots"] | None = None,
     k_rope_scale: Float32[Array, "rows slots"] | None = None,
+    alike: bool = False,
     implementation: str = "auto",
 ) -> tuple[Float[Array, "batch s_q heads rank"], Float32[Array, "batch s_q heads"]]:
     """`softmax(scale * q [c_kv, k_rope]^T) c_kv` over the valid entries of a cache.
@@ -48,6 +49,9 @@ def mla_decode(
       page_table: the pages of each sequence in order; entries beyond its length are not read.
       c_kv_scale: factor of each entry of a quantised c_kv; required for those and for no others.
       k_rope_scale: likewise for k_rope.
+      alike: `"mosaic_gpu"` divides its work so that a query finds the same to the bit whatever the other
+        sequences' lengths are and however many queries come together, the number of sequences being the
+        same. Lengths that differ much, and several queries, cost more then.
       implementation: `"auto"`, or one by name: `"reference"` (the whole capacity at once, float32),
         `"blocked"` (plain JAX, a block at a time up to the longest length), `"mosaic_gpu"` (Hopper, bf16
         queries) or `"mosaic_tpu"` (TPU); the last two are our kernels.
@@ -67,7 +71,8 @@ def mla_decode(
         preference |= {"gpu": ("mosaic_gpu", "blocked"), "tpu": ("mosaic_tpu", "blocked")}
     chosen = implementations.choose("mla_decode", implementation, constraints, preference)
     with jax.named_scope(f"mla_decode_{chosen}"):
-        return _MODULES[chosen].attention(*arrays, scale=float(scale))
+        options = {"alike": alike} if chosen == "mosaic_gpu" else {}
+        return _MODULES[chosen].attention(*arrays, scale=float(scale), **options)
 
 
 def _check(q, c_kv, k_rope, lengths, page_table, c_kv_scale, k_rope_scale):

@@ -1,7 +1,7 @@
 """Decoding attention for Hopper in Pallas Mosaic GPU: which calls it takes, and which kernels they run.
 
-One kernel reads the cache, that of `mosaic_gpu_split` or of `mosaic_gpu_few_rows`; `mosaic_gpu_shares` is how
-its programs share the work. `mosaic_gpu_combine` merges partial results.
+One kernel reads the cache, that of `mosaic_gpu_split` or of `mosaic_gpu_few_rows`; `mosaic_gpu_pieces` is how
+its programs divide the work. `mosaic_gpu_combine` merges partial results.
 """
 
 import jax
@@ -43,17 +43,21 @@ def unsupported(q, c_kv, k_rope, lengths, page_table, c_kv_scale, k_rope_scale) 
     return None
 
 
-def attention(q, c_kv, k_rope, lengths, page_table, c_kv_scale, k_rope_scale, *, scale):
+def attention(q, c_kv, k_rope, lengths, page_table, c_kv_scale, k_rope_scale, *, scale, alike=False):
     """Returns the output `[batch, s_q, heads, rank]` and the log-sum-exp `[batch, s_q, heads]`."""
     from pallas_kernels.mla_attention.mosaic_gpu_common import ROWS, loader_threads
-    from pallas_kernels.mla_decode import mosaic_gpu_combine, mosaic_gpu_few_rows, mosaic_gpu_split
+    from pallas_kernels.mla_decode import (
+        mosaic_gpu_combine,
+        mosaic_gpu_few_rows,
+        mosaic_gpu_pieces,
+        mosaic_gpu_split,
+    )
 
     if scale <= 0:  # The kernel folds a positive scale into the exponent.
         q, scale = (-q, -scale) if scale < 0 else (jnp.zeros_like(q), 1.0)
     batch, s_q, heads, _ = q.shape
-    # Few tokens of few heads choose as if each came alone: then what one finds does not depend on the others.
-    alone = heads <= mosaic_gpu_few_rows.ROWS and batch * s_q <= implementations.FEW_TOKENS
-    rows_alike = heads if alone else s_q * heads
+    # Choices by what one query needs are the same for any number of them.
+    rows_alike = heads if alike else s_q * heads
     few = c_kv_scale is not None or rows_alike <= mosaic_gpu_few_rows.ROWS
     tile_rows = mosaic_gpu_few_rows.ROWS if few else ROWS
     groups = max(1, hopper.multiprocessors() // -(-rows_alike // tile_rows))
@@ -62,7 +66,8 @@ def attention(q, c_kv, k_rope, lengths, page_table, c_kv_scale, k_rope_scale, *,
     call = mosaic_gpu_split.Call(
         *(batch, s_q, heads, c_kv.shape[-1], k_rope.shape[-1]),
         *(slots, capacity, page_table is not None, scale),
-        *(groups, loader_threads(q), tile_rows),
+        *(groups, mosaic_gpu_pieces.splits(batch, groups) if alike else 0),
+        *(loader_threads(q), tile_rows),
     )
     rows = q.reshape(batch, call.rows, -1)
     # TMA moves boxes of 8 rows; few rows are whole tiles.

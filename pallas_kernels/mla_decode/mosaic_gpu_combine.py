@@ -26,7 +26,7 @@ def combine(parts, lses, bounds, *, call):
       where a sequence has no part.
     """
     # Few sequences have many parts each, of which many are read at a time; many need no finer division.
-    parts_each = 1 + call.groups / call.batch
+    parts_each = call.splits or 1 + call.groups / call.batch
     together = next((n for n in (4, 8, 16) if parts_each <= n), 32)
     each = next(n for n in (4, 2, 1) if call.rank % (n * THREADS) == 0)  # Columns of a thread.
     each = each if call.batch * call.rows >= _MANY else 1

@@ -21,8 +21,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mla_attention import mosaic_gpu_common as common
 from pallas_kernels.mla_attention.mosaic_gpu_common import WARPGROUPS, arrive, sync, tiled
+from pallas_kernels.mla_decode import mosaic_gpu_pieces as pieces
 from pallas_kernels.mla_decode import mosaic_gpu_queries
-from pallas_kernels.mla_decode import mosaic_gpu_shares as shares
 from pallas_kernels.mla_decode.mosaic_gpu_few_rows_compute import (
     ALL_ROWS,
     ENTRIES,
@@ -36,7 +36,7 @@ from pallas_kernels.mla_decode.mosaic_gpu_few_rows_compute import (
     free,
     pieces_of,
 )
-from pallas_kernels.mla_decode.mosaic_gpu_shares import BLOCK
+from pallas_kernels.mla_decode.mosaic_gpu_pieces import BLOCK
 
 
 class _Operands(typing.NamedTuple):
@@ -64,7 +64,7 @@ def split(q, c_kv, k_rope, c_kv_scale, k_rope_scale, lengths, table, *, call):
 
     Returns:
       float32 outputs `[parts, part_rows, rank]`, log-sum-exps in base 2 `[parts, tiles * 16]`, and the parts
-      of each sequence, int32 `[batch, 2]`, as `shares.for_every_piece` says.
+      of each sequence, int32 `[batch, 2]`, as `pieces.for_every` says.
     """
     codes = None if c_kv_scale is None else c_kv.dtype
     q_factor = None
@@ -76,8 +76,6 @@ def split(q, c_kv, k_rope, c_kv_scale, k_rope_scale, lengths, table, *, call):
         operands, outs, bounds, shared = _Operands(*refs[:8]), refs[8:10], refs[10], Shared(*refs[11:])
         program = lax.axis_index("program")
         group, tile = lax.div(program, call.tiles), lax.rem(program, call.tiles)
-        share = shares.share_of(operands.lengths, group, groups=call.groups, capacity=call.capacity)
-        pieces = functools.partial(shares.for_every_piece, share, operands.lengths)
 
         def compute(wg):
             for piece in range(pieces_of(call) + 1):
@@ -85,13 +83,14 @@ def split(q, c_kv, k_rope, c_kv_scale, k_rope_scale, lengths, table, *, call):
             arrive(Q_FREE, 0, THREADS + call.loaders)
 
             def work(*piece):
-                Compute(call, codes, shared, wg, tile, group, *piece).run(outs)
+                Compute(call, codes, shared, wg, tile, *piece).run(outs)
 
-            pieces(bounds, group, call.capacity, work)
+            pieces.for_every(call, operands.lengths, bounds, group, work)
             plgpu.wait_smem_to_gmem(0)
 
         def load():
-            pieces(None, group, call.capacity, functools.partial(_load, call, operands, shared, tile))
+            work = functools.partial(_load, call, operands, shared, tile)
+            pieces.for_every(call, operands.lengths, None, group, work)
 
         common.roles(compute, lambda: common.load_with(call.loaders, load))
 
@@ -132,8 +131,9 @@ def _scratch(call, codes) -> Shared:
     )
 
 
-def _load(call, operands, shared, tile, b, length, low, high):
+def _load(call, operands, shared, tile, b, part, length, first, count):
     """Loads what a piece needs: queries after the first block, as the piece before may still use its own."""
+    del part
     rows = pl.ds(tile * ROWS, ROWS)
 
     def load_queries():
@@ -158,8 +158,9 @@ def _load(call, operands, shared, tile, b, length, low, high):
             page = jnp.minimum(lax.div(start, call.slots), lax.div(length - 1, call.slots))
             yield operands.table[b, page], pl.ds(lax.rem(start, call.slots), size), pl.ds(copy * size, size)
 
-    @pl.loop(low, high)
-    def _(block):
+    @pl.loop(0, count)
+    def _(i):
+        block = first + i * call.stride
         for wg in range(WARPGROUPS):
             found = list(places(block * BLOCK + wg * ENTRIES))
             sync(free(call, pieces_of(call)), wg, 128 + call.loaders)
@@ -179,4 +180,4 @@ def _load(call, operands, shared, tile, b, length, low, high):
                     plgpu.copy_gmem_to_smem(
                         operands.c_kv.at[row, source, columns], shared.c_kv.at[wg, piece, target], full
                     )
-        pl.when(block == low)(load_queries)
+        pl.when(i == 0)(load_queries)

@@ -11,7 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.mla_attention import mosaic_gpu_common as common
 from pallas_kernels.mla_attention.mosaic_gpu_common import WARPGROUPS, across, arrive, down, sync
 from pallas_kernels.mla_decode import mosaic_gpu_registers as registers
-from pallas_kernels.mla_decode.mosaic_gpu_shares import BLOCK
+from pallas_kernels.mla_decode.mosaic_gpu_pieces import BLOCK, seen_whole
 
 ROWS = 16  # queries times heads of a tile
 ENTRIES = registers.ENTRIES
@@ -58,9 +58,10 @@ def free(call, piece):
 class Compute:
     """A compute warpgroup's share of a piece: every second 64 entries."""
 
-    def __init__(self, call, codes, shared, wg, tile, group, b, length, low, high):
+    def __init__(self, call, codes, shared, wg, tile, b, part, length, first, count):
+        del b
         self.call, self.codes, self.shared, self.wg, self.tile = call, codes, shared, wg, tile
-        self.part, self.length, self.low, self.high = b + group, length, low, high
+        self.part, self.length, self.first, self.count = part, length, first, count
 
     def run(self, outs):
         accumulators = [plgpu.ACC((WIDTH, ROWS)) for _ in range(pieces_of(self.call))]
@@ -77,16 +78,17 @@ class Compute:
         )
         zero = common.runtime_zero()
         # Blocks that every query sees whole.
-        whole = lax.clamp(self.low, lax.div(jnp.maximum(self.length - call.s_q + 1, 0), BLOCK), self.high)
-        for begin, end, masked in ((self.low, whole, False), (whole, self.high, True)):
+        whole = seen_whole(call, self.length, self.first, self.count)
+        for begin, end, masked in ((0, whole, False), (whole, self.count, True)):
             step = functools.partial(self.step, zero=zero, out=out, masked=masked)
             carry = lax.fori_loop(begin, end, step, carry)
         arrive(Q_FREE, 0, THREADS + call.loaders)
         return *carry[:2], *(plgpu.wgmma_accumulator_load(acc, wait_n=0) for acc in out)
 
-    def step(self, block, carry, *, zero, out, masked):
+    def step(self, i, carry, *, zero, out, masked):
         """Adds 64 entries to the accumulators."""
         call, shared = self.call, self.shared
+        block = self.first + i * call.stride
         peak, total, wg = carry
         accumulator = plgpu.ACC((ENTRIES, ROWS), jnp.float32)
         if self.codes is None:

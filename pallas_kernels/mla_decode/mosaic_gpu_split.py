@@ -6,8 +6,8 @@ shared memory, where the RoPE keys lay, and each warpgroup adds P V to its half 
 third warpgroup loads by TMA. The cache is read from device memory once: the entries that are keys for S are
 the values for P V where they lie.
 
-The work is split along the cache: every group of programs takes an equal share of all sequences' blocks
-(`mosaic_gpu_shares`), and writes one partial result for every sequence it touches.
+The work is split along the cache: every group of programs takes pieces of sequences (`mosaic_gpu_pieces`),
+and writes one partial result for each.
 """
 
 import functools
@@ -25,8 +25,8 @@ from jaxlib.mlir.dialects import arith, llvm
 
 from pallas_kernels.mla_attention import mosaic_gpu_common as common
 from pallas_kernels.mla_attention.mosaic_gpu_common import ROWS, WARPGROUPS, across, arrive, sync, tiled
-from pallas_kernels.mla_decode import mosaic_gpu_shares as shares
-from pallas_kernels.mla_decode.mosaic_gpu_shares import BLOCK
+from pallas_kernels.mla_decode import mosaic_gpu_pieces as pieces
+from pallas_kernels.mla_decode.mosaic_gpu_pieces import BLOCK
 
 HALF = BLOCK // WARPGROUPS  # entries of the cache that a warpgroup scores at a time
 _COMPUTE = WARPGROUPS * 128  # threads
@@ -48,6 +48,7 @@ class Call(typing.NamedTuple):
     paged: bool
     scale: float  # positive
     groups: int  # of programs; each has one for every tile of rows
+    splits: int  # pieces of a sequence, cut in strides; 0 for equal shares (`mosaic_gpu_pieces`)
     loaders: int  # threads that load
     tile_rows: int  # queries times heads that a program takes
 
@@ -66,7 +67,12 @@ class Call(typing.NamedTuple):
 
     @property
     def parts(self) -> int:
-        return self.batch + self.groups - 1
+        return self.batch * self.splits or self.batch + self.groups - 1
+
+    @property
+    def stride(self) -> int:
+        """From one block of a piece to the next."""
+        return self.splits or 1
 
     @property
     def with_loader(self) -> int:
@@ -112,15 +118,13 @@ def split(q, c_kv, k_rope, lengths, table, *, call):
 
     Returns:
       float32 outputs `[parts, part_rows, rank]`, log-sum-exps in base 2 `[parts, tiles * 64]`, and the parts
-      of each sequence, int32 `[batch, 2]`, as `shares.for_every_piece` says.
+      of each sequence, int32 `[batch, 2]`, as `pieces.for_every` says.
     """
 
     def kernel(*refs):
         operands, outs, bounds, shared = _Operands(*refs[:5]), refs[5:7], refs[7], _Shared(*refs[8:])
         program = lax.axis_index("program")
         group, tile = lax.div(program, call.tiles), lax.rem(program, call.tiles)
-        share = shares.share_of(operands.lengths, group, groups=call.groups, capacity=call.capacity)
-        pieces = functools.partial(shares.for_every_piece, share, operands.lengths)
 
         def compute(wg):
             for slot in range(WARPGROUPS):
@@ -128,13 +132,14 @@ def split(q, c_kv, k_rope, lengths, table, *, call):
             arrive(_Q_FREE, 0, call.with_loader)
 
             def work(*piece):
-                _Compute(call, shared, wg, tile, group, *piece).run(outs)
+                _Compute(call, shared, wg, tile, *piece).run(outs)
 
-            pieces(bounds, group, call.capacity, work)
+            pieces.for_every(call, operands.lengths, bounds, group, work)
             plgpu.wait_smem_to_gmem(0)
 
         def load():
-            pieces(None, group, call.capacity, functools.partial(_load, call, operands, shared, tile))
+            work = functools.partial(_load, call, operands, shared, tile)
+            pieces.for_every(call, operands.lengths, None, group, work)
 
         common.roles(compute, lambda: common.load_with(call.loaders, load))
 
@@ -157,8 +162,9 @@ def split(q, c_kv, k_rope, lengths, table, *, call):
     return run(q, c_kv, k_rope, lengths, table)
 
 
-def _load(call, operands, shared, tile, b, length, low, high):
+def _load(call, operands, shared, tile, b, part, length, first, count):
     """Loads what a piece needs: queries after the first block, as the piece before may still use its own."""
+    del part
 
     def load_queries():
         sync(_Q_FREE, 0, call.with_loader)
@@ -167,8 +173,9 @@ def _load(call, operands, shared, tile, b, length, low, high):
     copies = call.copies(HALF)
     size = HALF // copies
 
-    @pl.loop(low, high)
-    def _(block):
+    @pl.loop(0, count)
+    def _(i):
+        block = first + i * call.stride
         for slot in range(WARPGROUPS):
             sync(_FREE, slot, call.with_loader)
             full = shared.full.at[slot]
@@ -183,15 +190,16 @@ def _load(call, operands, shared, tile, b, length, low, high):
                 source, target = pl.ds(start, size), pl.ds(copy * size, size)
                 plgpu.copy_gmem_to_smem(operands.c_kv.at[row, source], shared.c_kv.at[slot, target], full)
                 plgpu.copy_gmem_to_smem(operands.k_rope.at[row, source], shared.rope.at[slot, target], full)
-        pl.when(block == low)(load_queries)
+        pl.when(i == 0)(load_queries)
 
 
 class _Compute:
     """A compute warpgroup's share of a piece: every second 64 entries, and half of the output's columns."""
 
-    def __init__(self, call, shared, wg, tile, group, b, length, low, high):
+    def __init__(self, call, shared, wg, tile, b, part, length, first, count):
+        del b
         self.call, self.shared, self.wg, self.tile = call, shared, wg, tile
-        self.part, self.length, self.low, self.high = b + group, length, low, high
+        self.part, self.length, self.first, self.count = part, length, first, count
         self.columns = pl.ds(wg * (call.rank // WARPGROUPS), call.rank // WARPGROUPS)
 
     def run(self, outs):
@@ -207,16 +215,17 @@ class _Compute:
             plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), common.PER_ROW),
         )
         # Blocks that every query sees whole.
-        whole = lax.clamp(self.low, lax.div(jnp.maximum(self.length - call.s_q + 1, 0), BLOCK), self.high)
-        for begin, end, masked in ((self.low, whole, False), (whole, self.high, True)):
+        whole = pieces.seen_whole(call, self.length, self.first, self.count)
+        for begin, end, masked in ((0, whole, False), (whole, self.count, True)):
             step = functools.partial(self.step, out=out, masked=masked)
             carry = lax.fori_loop(begin, end, step, carry)
         arrive(_Q_FREE, 0, call.with_loader)
         return plgpu.wgmma_accumulator_load(out, wait_n=0), *carry
 
-    def step(self, block, carry, *, out, masked):
+    def step(self, i, carry, *, out, masked):
         """Adds a block to the accumulators, when its first half is out of the shared memory."""
         call, shared = self.call, self.shared
+        block = self.first + i * call.stride
         peak, total = carry
         s = pl.run_scoped(self.scores, plgpu.ACC((ROWS, HALF), jnp.float32))
         if masked:

@@ -49,7 +49,7 @@ def test_drafts_are_the_depths_of_training():
     wrong = text.copy()
     wrong[:, start + 1 :] = (wrong[:, start + 1 :] + 5) % 29
     _, cache = chain(cache, hidden, start, wrong)
-    new, cache = decode(weights, cache, text[:, start:n], np.ones(1, bool), config)
+    new, _, cache = decode(weights, cache, text[:, start:n], np.ones(1, bool), config)
     cache = dataclasses.replace(cache, lengths=cache.lengths + 3)
     found, _ = chain(cache, jnp.concatenate([hidden, new], 1)[:, -4:], n, text)
 

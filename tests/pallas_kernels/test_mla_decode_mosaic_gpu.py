@@ -197,7 +197,7 @@ def test_any_lengths_are_shared_out(warp, lengths, groups):
     check_shares(warp, lengths, groups)
 
 
-def trace(shape, dtype=None):
+def trace(shape, dtype=None, alike=False):
     """Shapes of the operands, of another dtype if given, and the function of them that calls the kernels."""
     (q, c_kv, k_rope, lengths), arrays = jax.eval_shape(
         lambda: (shape.operands()[0], {k: v for k, v in shape.operands()[1].items() if k != "scale"})
@@ -205,7 +205,8 @@ def trace(shape, dtype=None):
     operands = [jax.ShapeDtypeStruct(x.shape, dtype or x.dtype) for x in (q, c_kv, k_rope)]
 
     def f(q, c_kv, k_rope, lengths, arrays):
-        return mla_decode(q, c_kv, k_rope, lengths, scale=0.1, implementation="mosaic_gpu", **arrays)
+        more = {"scale": 0.1, "alike": alike, "implementation": "mosaic_gpu"}
+        return mla_decode(q, c_kv, k_rope, lengths, **more, **arrays)
 
     return f, (*operands, lengths, arrays)
 
@@ -216,6 +217,7 @@ def lower(f, operands):
 
 
 @lowers
+@pytest.mark.parametrize("alike", [False, True])
 @pytest.mark.parametrize(
     "shape",
     [
@@ -228,9 +230,9 @@ def lower(f, operands):
     ],
     ids=str,
 )
-def test_lowers_for_hopper(shape):
+def test_lowers_for_hopper(shape, alike):
     """Two kernels, and one for queries beside codes: layouts and shared memory checked by the front end."""
-    assert lower(*trace(shape)).count("@mosaic_gpu_v2(") == 2 + shape.quantised
+    assert lower(*trace(shape, alike=alike)).count("@mosaic_gpu_v2(") == 2 + shape.quantised
 
 
 @lowers
@@ -273,13 +275,15 @@ CASES = [*((shape, 1.0) for shape in CORRECTNESS), *((shape, 20.0) for shape in 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a Hopper GPU")
+@pytest.mark.parametrize("alike", [False, True])
 @pytest.mark.parametrize("shape, factor", CASES, ids=lambda x: str(x))
-def test_as_exact_as_plain_jax_and_repeatable(shape, factor):
+def test_as_exact_as_plain_jax_and_repeatable(shape, factor, alike):
     operands, options = shape.operands(factor=factor)
     names = [name for name in options if name != "scale"]
 
     def run(implementation, times):
-        f = jax.jit(functools.partial(mla_decode, scale=options["scale"], implementation=implementation))
+        static = {"scale": options["scale"], "alike": alike, "implementation": implementation}
+        f = jax.jit(functools.partial(mla_decode, **static))
         for i in range(times):
             # Poison for memory not written, and a different one each time.
             jnp.full((64 << 20,), (jnp.nan, 1e30)[i], jnp.float32).block_until_ready()
@@ -304,13 +308,30 @@ def test_as_exact_as_plain_jax_and_repeatable(shape, factor):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a Hopper GPU")
-@pytest.mark.parametrize("heads", [6, 16])
-def test_queries_together_find_what_each_finds_alone(heads):
-    """To the bit, up to `FEW_TOKENS`: so speculation chooses as plain decoding does."""
-    (q, c_kv, k_rope, _), options = Shape(1, 300, heads, s_q=4).operands()
-    call = jax.jit(functools.partial(mla_decode, implementation="mosaic_gpu", **options))
-    for length in (4, 130, 300):  # Within a block, over the border of one, and the whole cache.
-        together, _ = call(q, c_kv, k_rope, jnp.array([length], jnp.int32))
-        for i in range(4):
-            alone, _ = call(q[:, i : i + 1], c_kv, k_rope, jnp.array([length - 3 + i], jnp.int32))
-            np.testing.assert_array_equal(together[:, i], alone[:, 0])
+@pytest.mark.parametrize(
+    "batch, heads, cache",
+    [
+        (1, 16, "bfloat16"),
+        (1, 24, "bfloat16"),
+        (40, 6, "bfloat16"),
+        (5, 128, "bfloat16"),
+        (150, 16, "bfloat16"),
+        (5, 16, "float8_e4m3fn"),
+        (3, 24, "int8"),
+    ],
+)
+def test_a_query_finds_the_same_whatever_comes_with_it(batch, heads, cache):
+    """To the bit, whatever the other sequences' lengths: so speculation chooses as plain decoding does."""
+    capacity, s_q, rng = 3000, 3, np.random.default_rng(0)
+    (q, *keys, _), options = Shape(batch, capacity, heads, s_q=s_q, cache=cache).operands()
+    call = jax.jit(functools.partial(mla_decode, implementation="mosaic_gpu", alike=True, **options))
+    for length in (3, 130, 2049, 3000):  # Within a block, over the border of one, and the whole cache.
+        lengths = np.append(length, rng.integers(s_q, capacity + 1, batch - 1)).astype(np.int32)
+        together = call(q, *keys, lengths)
+        for i in range(s_q):
+            others = rng.integers(1, capacity + 1, batch).astype(np.int32)
+            alone = call(
+                q[:, i : i + 1], *keys, np.where(np.arange(batch) % 2, others, lengths - s_q + 1 + i)
+            )
+            for mine, theirs in zip(together, alone, strict=True):
+                np.testing.assert_array_equal(mine[::2, i], theirs[::2, 0])

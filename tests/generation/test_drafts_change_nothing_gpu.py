@@ -1,0 +1,99 @@
+"""On a GPU a step of several tokens finds for each what decoding one by one finds, to the bit.
+
+Greedy speculation then writes the text of plain decoding, in bf16 too, whatever the batch is.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import proxy_300m, small_gpu
+from dsv3_jax.config_checks import typed
+from dsv3_jax.generation import Generator, SamplingParams, forward, linear
+from dsv3_jax.generation.cache import init_cache
+from dsv3_jax.generation.prefill import prefill
+from dsv3_jax.generation.weights import kernels_for, prepare
+from dsv3_jax.model import Transformer
+from dsv3_jax.model.transformer import init_variables
+
+gpu = pytest.mark.gpu
+needs_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a Hopper GPU")
+PRESETS = {"proxy_300m": proxy_300m, "small_gpu": small_gpu}
+PROMPT, NEW, CAPACITY = 100, 60, 256  # Across the border of a block of 128 entries.
+DEPTH = 3
+
+
+def model_of(name, heads=None):
+    """A preset's widths in few layers."""
+    config = typed(PRESETS[name].get_config()).model
+    attention = dataclasses.replace(config.attention, n_heads=heads or config.attention.n_heads)
+    mtp = dataclasses.replace(config.mtp, depth=DEPTH)
+    return dataclasses.replace(config, n_layers=3, max_seq_len=CAPACITY, attention=attention, mtp=mtp)
+
+
+def variables_of(config):
+    """Random parameters, in which logits spread and experts differ."""
+    made = jax.jit(lambda key: init_variables(Transformer(config), key))(jax.random.key(0))
+    return jax.tree.map(lambda x: x * 3 if x.ndim > 2 else x, made)
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize(
+    "name, heads, batch, cache_dtype",
+    [
+        ("proxy_300m", None, 1, "bf16"),
+        ("small_gpu", None, 1, "fp8"),
+        ("small_gpu", None, 3, "bf16"),
+        ("proxy_300m", 24, 6, "bf16"),
+        ("small_gpu", None, 32, "fp8"),
+        ("small_gpu", 128, 40, "bf16"),
+    ],
+)
+def test_logits_do_not_depend_on_how_many_tokens_come_together(name, heads, batch, cache_dtype):
+    config = model_of(name, heads)
+    weights = jax.jit(prepare, static_argnums=(1, 2))(variables_of(config), config, jnp.dtype(jnp.bfloat16))
+    text = np.random.default_rng(0).integers(0, config.vocab_size, (batch, PROMPT + NEW)).astype(np.int32)
+
+    @functools.partial(jax.jit, compiler_options=linear.AS_WRITTEN)
+    def step(weights, cache, tokens):
+        _, logits, cache = forward.decode(weights, cache, tokens, jnp.ones(batch, bool), config)
+        return logits, dataclasses.replace(cache, lengths=cache.lengths + tokens.shape[1])
+
+    def logits(width):
+        cache = init_cache(config, batch, CAPACITY, cache_dtype)
+        read = np.full(batch, PROMPT, np.int32)
+        cache, _ = prefill(weights, cache, text[:, :PROMPT], read, config, chunk=64, drafts=0)
+        found = []
+        for at in range(PROMPT, PROMPT + NEW, width):
+            with kernels_for(weights):
+                new, cache = step(weights, cache, text[:, at : at + width])
+            found.append(np.asarray(new))
+        return np.concatenate(found, 1)
+
+    alone = logits(1)
+    assert np.isfinite(alone).all() and alone.std() > 0.1
+    for width in range(2, DEPTH + 2):
+        np.testing.assert_array_equal(logits(width), alone, err_msg=f"{width} tokens at a time")
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("batch, drafts", [(1, 1), (1, 3), (4, 2), (12, 1), (48, 3)])
+def test_greedy_speculation_writes_the_text_of_plain_decoding(batch, drafts):
+    config = model_of("proxy_300m")
+    variables = variables_of(config)
+    params = SamplingParams(max_new_tokens=NEW, temperature=0.0, ignore_eos=True)
+    rng = np.random.default_rng(1)
+    # Of many lengths, and so are the sequences of a batch at any step.
+    prompts = [rng.integers(0, 256, n).tolist() for n in rng.integers(5, 150, max(batch, 4))]
+    plain, speculative = (
+        Generator(config, variables, None, dtype=jnp.bfloat16, speculate=number) for number in (0, drafts)
+    )
+    for at in range(0, len(prompts), batch):
+        want, found = (way.generate(prompts[at : at + batch], params) for way in (plain, speculative))
+        assert [text.tokens for text in found] == [text.tokens for text in want]
