@@ -30,7 +30,7 @@ from typing import Any
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import numpy as np
+from benchmarks.fp8_loss_curves import SHARED, compare, plot
 
 VARIANTS = {
     "bf16": ["train.precision=bf16"],
@@ -48,13 +48,8 @@ VARIANTS = {
         "fp8.promotion=False",
     ],
 }
-SHARED = "shared"
-LABELS = {"again": "bf16 again (noise)", SHARED: "bf16, shared start", "tensor": "fp8, a scale a tensor"}
-LABELS["coarse"] = "fp8, a scale a tensor, no promotion"
-WINDOW = 50
 AHEAD = 20  # Steps that the host may be ahead of the device.
 SAVED = 200  # Steps between writings of the results.
-CLAIM = 0.25  # Percent: DeepSeek-V3, arXiv 2412.19437, section 3.3.
 
 
 class Text:
@@ -64,7 +59,7 @@ class Text:
         from dsv3_jax.data import Loader
 
         train = config.train
-        self._config, self._rows = config, []
+        self._rows = []
         process = dict(process_index=0, process_count=1)
         loader = Loader(config.data, split="train", seq_len=train.seq_len, seed=train.seed, **process)
         self.source = loader.get_state()["data"]["data.source"]
@@ -78,18 +73,43 @@ class Text:
         first = loader.take(train.batch_size)
         self._reader = ThreadPoolExecutor(1).submit(read)
 
-    def inputs(self, mesh, step: int):
-        """The batch, its number of micro-batches and the schedules of a step, on the device of `mesh`."""
+    def inputs(self, config, mesh, step: int):
+        """The batch, its number of micro-batches and `config`'s schedules of a step, on `mesh`."""
         from dsv3_jax.training import loop
 
         while len(self._rows) <= step:
             if self._reader.done():
                 self._reader.result()  # Raises what went wrong.
             time.sleep(0.01)
-        train = self._config.train
-        batch, count = loop.put_batch(self._config, mesh, self._rows[step], train.batch_size)
-        schedules = loop.schedules_at(self._config, step, step * train.batch_size * train.seq_len)
+        train = config.train
+        batch, count = loop.put_batch(config, mesh, self._rows[step], train.batch_size)
+        schedules = loop.schedules_at(config, step, step * train.batch_size * train.seq_len)
         return batch, count, schedules
+
+
+def compiled(name: str, config, mesh, text: Text):
+    """The training step of a variant."""
+    import jax
+
+    from dsv3_jax.training.state import abstract_state
+    from dsv3_jax.training.step import make_train_step
+
+    started = time.monotonic()
+    step: Any = make_train_step(config, mesh)
+    with jax.default_device(mesh.devices.flat[0]):
+        program = step.lower(abstract_state(config, mesh), *text.inputs(config, mesh, 0)).compile()
+    print(f"{name}: compiled in {time.monotonic() - started:.0f} s", flush=True)
+    return program
+
+
+def copied(start, config, mesh):
+    """`start` on another mesh: a copy, since a step overwrites what it is given."""
+    import jax
+    import jax.numpy as jnp
+
+    from dsv3_jax.training.state import abstract_state, shardings
+
+    return jax.device_put(jax.tree.map(jnp.copy, start), shardings(abstract_state(config, mesh)))
 
 
 def train(config, program, state, inputs, first: int, steps: int, deadline: float, save):
@@ -116,65 +136,6 @@ def train(config, program, state, inputs, first: int, steps: int, deadline: floa
         if len(metrics) % SAVED == 0:
             collect()
     return state, collect()
-
-
-def smoothed(losses):
-    """Means over the last `WINDOW` steps, from the first whole window on."""
-    total = np.cumsum([0.0, *losses])
-    return (total[WINDOW:] - total[:-WINDOW]) / WINDOW
-
-
-def curves(runs: dict) -> dict:
-    """The smoothed loss of each variant that has a whole window."""
-    losses = {name: [row[0] for row in run["losses"]] for name, run in runs.items()}
-    return {name: smoothed(of) for name, of in losses.items() if len(of) >= WINDOW}
-
-
-def compare(runs: dict) -> dict:
-    """Steps, speed and last loss of each variant; its gaps to bf16 in percent, by quarters of its steps."""
-    summary: dict = {"window": WINDOW}
-    found = curves(runs)
-    for name, curve in found.items():
-        run = runs[name]
-        summary[name] = {"steps": len(run["losses"]), "last_loss": float(curve[-1])}
-        summary[name]["last_max_vio"] = run["losses"][-1][1]
-        summary[name]["milliseconds_a_step"] = 1e3 * run["seconds"] / len(run["losses"])
-        if "bf16" in found and name not in ("bf16", SHARED):
-            both = min(len(curve), len(found["bf16"]))
-            gap = 100 * (curve[:both] / found["bf16"][:both] - 1)
-            quarters = np.array_split(gap, 4)
-            summary[name] |= {
-                "last_gap": float(gap[-1]),
-                "largest_gap_by_quarter": [float(abs(q).max()) for q in quarters],
-                "mean_gap_by_quarter": [float(q.mean()) for q in quarters],
-                "windows_within_claim": float((abs(gap) <= CLAIM).mean()),
-            }
-    return summary
-
-
-def plot(runs: dict, path: str) -> None:
-    """The smoothed losses, and the relative gaps to bf16 below."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    found = curves(runs)
-    figure, (above, below) = plt.subplots(2, 1, sharex=True, figsize=(8, 6))
-    for name, curve in found.items():
-        steps = np.arange(len(curve)) + WINDOW + runs[name].get("first", 0)
-        (line,) = above.plot(steps, curve, label=LABELS.get(name, name))
-        if "bf16" in found and name not in ("bf16", SHARED):
-            both = min(len(curve), len(found["bf16"]))
-            gap = 100 * (curve[:both] / found["bf16"][:both] - 1)
-            below.plot(steps[:both], gap, color=line.get_color())
-    above.set_ylabel("loss, nats a token")
-    below.set_ylabel("gap to bf16, %")
-    below.set_xlabel(f"step (means over {WINDOW})")
-    below.axhspan(-CLAIM, CLAIM, alpha=0.15)
-    above.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
 
 
 def main() -> None:
@@ -230,11 +191,9 @@ def main() -> None:
 def run_all(configs: dict, limits: dict, text: Text, shared: int, deadline: float, save) -> None:
     """Trains every variant from one state: that of configuration `SHARED` after `shared` steps, if any."""
     import jax
-    import jax.numpy as jnp
 
     from dsv3_jax.parallel.mesh import make_mesh
-    from dsv3_jax.training.state import abstract_state, init_state
-    from dsv3_jax.training.step import make_train_step
+    from dsv3_jax.training.state import init_state
 
     devices = jax.devices()
     names = [name for name in configs if name != SHARED]
@@ -245,18 +204,10 @@ def run_all(configs: dict, limits: dict, text: Text, shared: int, deadline: floa
         meshes[SHARED] = make_mesh(configs[SHARED].mesh, devices)
 
     def inputs(name):
-        return lambda step: text.inputs(meshes[name], step)
+        return lambda step: text.inputs(configs[name], meshes[name], step)
 
-    def compiled(name):
-        started = time.monotonic()
-        if started > deadline:
-            return None
-        mesh = meshes[name]
-        step: Any = make_train_step(configs[name], mesh)
-        with jax.default_device(mesh.devices.flat[0]):
-            program = step.lower(abstract_state(configs[name], mesh), *inputs(name)(0)).compile()
-        print(f"{name}: compiled in {time.monotonic() - started:.0f} s", flush=True)
-        return program
+    def compile_in_time(name):
+        return compiled(name, configs[name], meshes[name], text) if time.monotonic() < deadline else None
 
     def turn(names, start):
         """The variants of one device, one after another."""
@@ -269,15 +220,13 @@ def run_all(configs: dict, limits: dict, text: Text, shared: int, deadline: floa
             if name in limits:  # The others after it get as much of what is left.
                 steps, until = limits[name], time.monotonic() + left / (len(names) - index)
             with jax.default_device(mesh.devices.flat[0]):
-                # A copy, since the step overwrites what it is given.
-                places = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
-                state = jax.device_put(jax.tree.map(jnp.copy, start), places)
+                state = copied(start, config, mesh)
                 keep = functools.partial(save, name)
                 _, found = train(config, program, state, inputs(name), shared, steps, until, keep)
             print(name, json.dumps(found), flush=True)
 
     with ThreadPoolExecutor(1 + len(devices)) as compiling, ThreadPoolExecutor(len(devices)) as running:
-        programs = {name: compiling.submit(compiled, name) for name in configs}
+        programs = {name: compiling.submit(compile_in_time, name) for name in configs}
         first = next(iter(configs))  # The shared start, if there is one.
         start = init_state(configs[first], meshes[first])
         if shared and (program := programs[first].result()) is not None:
