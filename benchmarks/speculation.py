@@ -1,7 +1,8 @@
-"""Speculation at batch 1 on a trained model: acceptance, and tokens a second beside plain decoding.
+"""Speculation on a trained model: acceptance, and tokens a second beside plain decoding.
 
     python benchmarks/speculation.py --config=configs/proxy_300m.py [--config.train.steps=1000 ...]
-    python benchmarks/speculation.py --checkpoint runs/proxy [--drafts 1] [--temperature 0 0.6] [--out FILE]
+    python benchmarks/speculation.py --checkpoint runs/proxy [--drafts 1] [--batch 1 16]
+        [--temperature 0 0.6] [--out FILE]
 
 The model is that of a work directory of train.py, or one that is trained here for `train.steps` steps and not
 kept. Both ways continue the same prompts in turns, in one loop on the device; prefill is not counted.
@@ -14,6 +15,7 @@ fault.
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import pathlib
 import statistics
@@ -43,6 +45,13 @@ from dsv3_jax.training.step import make_train_step
 PROMPTS = ("import os\n\n\ndef main(args):\n", "class Node:\n", '    """Return the ', "for name in sorted(")
 
 
+def batches_of(size: int) -> list[list[str]]:
+    """Batches to continue: each prompt alone, or one batch of as many different ones."""
+    if size == 1:
+        return [[prompt] for prompt in PROMPTS]
+    return [[f"# {i}\n{PROMPTS[i % len(PROMPTS)]}" for i in range(size)]]
+
+
 AHEAD = 20  # Steps that the host may be ahead of the device.
 
 
@@ -69,7 +78,13 @@ def trained(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def compare(
-    model: ModelConfig, variables: Any, tokenizer: Tokenizer, drafts: int, params: SamplingParams, rounds: int
+    model: ModelConfig,
+    variables: Any,
+    tokenizer: Tokenizer,
+    drafts: int,
+    params: SamplingParams,
+    rounds: int,
+    batch: int = 1,
 ) -> tuple[dict[str, Any], str]:
     """(a row of results, a text)."""
     dtype = jnp.bfloat16 if jax.default_backend() == "gpu" else jnp.float32
@@ -77,23 +92,26 @@ def compare(
         name: Generator(model, variables, tokenizer, dtype=dtype, speculate=count)
         for name, count in (("plain", 0), ("speculative", drafts))
     }
+    batches = batches_of(batch)
     with ThreadPoolExecutor(2) as pool:  # Both compile at once.
-        list(pool.map(lambda way: way.generate([PROMPTS[0]], params), ways.values()))
+        list(pool.map(lambda way: way.generate(batches[0], params), ways.values()))
     rates: dict[str, list[float]] = {name: [] for name in ways}
     texts: dict[str, list[list[int]]] = {name: [] for name in ways}
     before = list(ways["speculative"].statistics.accepted), ways["speculative"].statistics.steps
     for _ in range(rounds):
-        for prompt in PROMPTS:
+        for prompts in batches:
             for name, way in ways.items():
                 start = way.statistics.seconds
-                (made,) = way.generate([prompt], params)
-                rates[name].append((len(made.tokens) - 1) / (way.statistics.seconds - start))
-                texts[name].append(made.tokens)
+                made = way.generate(prompts, params)
+                new = sum(len(text.tokens) - 1 for text in made)
+                rates[name].append(new / (way.statistics.seconds - start))
+                texts[name] += [text.tokens for text in made]
     after = ways["speculative"].statistics
     steps = after.steps - before[1]
     accepted = [(new - old) / steps for new, old in zip(after.accepted, before[0], strict=True)]
     median = {name: statistics.median(found) for name, found in rates.items()}
     row = {
+        "batch": batch,
         "drafts": drafts,
         "temperature": params.temperature,
         "tokens_per_second": median,
@@ -102,7 +120,7 @@ def compare(
         "same_texts": statistics.mean(a == b for a, b in zip(*texts.values(), strict=True)),
         "new_tokens": params.max_new_tokens,
     }
-    if not params.temperature and row["same_texts"] < 1:  # Rounds repeat the texts.
+    if batch == 1 and not params.temperature and row["same_texts"] < 1:  # Rounds repeat the texts.
         of_each = [found[: len(PROMPTS)] for found in texts.values()]
         row["against_float32"], row["partings"] = partings(model, variables, ways["plain"], of_each)
     return row, tokenizer.decode(texts["speculative"][0])
@@ -196,6 +214,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", help="a work directory of train.py; else a model is trained")
     parser.add_argument("--config", default="configs/proxy_300m.py")
     parser.add_argument("--drafts", type=int, default=1)
+    parser.add_argument("--batch", type=int, nargs="*", default=[1])
     parser.add_argument("--temperature", type=float, nargs="*", default=[0.0])
     parser.add_argument("--new", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
@@ -213,9 +232,9 @@ def main() -> None:
         model, tokenizer = config.model, load_tokenizer(config.data.tokenizer)
         about |= {"config": arguments.config, "overrides": overrides}
     rows = []
-    for temperature in arguments.temperature:
+    for temperature, batch in itertools.product(arguments.temperature, arguments.batch):
         params = SamplingParams(max_new_tokens=arguments.new, temperature=temperature, ignore_eos=True)
-        row, text = compare(model, variables, tokenizer, arguments.drafts, params, arguments.rounds)
+        row, text = compare(model, variables, tokenizer, arguments.drafts, params, arguments.rounds, batch)
         rows.append(row)
         print(json.dumps(row, indent=1), repr(text[:300]), sep="\n", flush=True)
         if arguments.out:
