@@ -15,7 +15,7 @@ from jaxtyping import Array, Int
 
 Index = Int[Array, ""] | int
 State = Any  # A tree of arrays that a loop updates.
-BLOCK_BYTES = 192 << 20  # At most so much visits at once, where an array can be cut so.
+BLOCK_BYTES = 64 << 20  # At most so much visits at once, where an array can be cut so.
 
 
 def blocks(x: Array, turns: int, shared: bool) -> int:
