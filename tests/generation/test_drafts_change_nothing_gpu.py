@@ -24,15 +24,14 @@ gpu = pytest.mark.gpu
 needs_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a Hopper GPU")
 PRESETS = {"proxy_300m": proxy_300m, "small_gpu": small_gpu}
 PROMPT, NEW, CAPACITY = 100, 60, 256  # Across the border of a block of 128 entries.
-DEPTH = 3
 
 
-def model_of(name, heads=None):
+def model_of(name, depth, heads=None):
     """A preset's widths in few layers."""
     config = typed(PRESETS[name].get_config()).model
     attention = dataclasses.replace(config.attention, n_heads=heads or config.attention.n_heads)
-    mtp = dataclasses.replace(config.mtp, depth=DEPTH)
-    return dataclasses.replace(config, n_layers=3, max_seq_len=CAPACITY, attention=attention, mtp=mtp)
+    mtp = dataclasses.replace(config.mtp, depth=depth)
+    return dataclasses.replace(config, n_layers=2, max_seq_len=CAPACITY, attention=attention, mtp=mtp)
 
 
 def variables_of(config):
@@ -44,18 +43,16 @@ def variables_of(config):
 @gpu
 @needs_gpu
 @pytest.mark.parametrize(
-    "name, heads, batch, cache_dtype",
+    "name, depth, heads, batch, cache_dtype",
     [
-        ("proxy_300m", None, 1, "bf16"),
-        ("small_gpu", None, 1, "fp8"),
-        ("small_gpu", None, 3, "bf16"),
-        ("proxy_300m", 24, 6, "bf16"),
-        ("small_gpu", None, 32, "fp8"),
-        ("small_gpu", 128, 40, "bf16"),
+        ("proxy_300m", 3, None, 1, "bf16"),
+        ("proxy_300m", 1, 24, 6, "int8"),
+        ("small_gpu", 1, None, 3, "fp8"),
+        ("small_gpu", 2, 128, 40, "bf16"),
     ],
 )
-def test_logits_do_not_depend_on_how_many_tokens_come_together(name, heads, batch, cache_dtype):
-    config = model_of(name, heads)
+def test_logits_do_not_depend_on_how_many_tokens_come_together(name, depth, heads, batch, cache_dtype):
+    config = model_of(name, depth, heads)
     weights = jax.jit(prepare, static_argnums=(1, 2))(variables_of(config), config, jnp.dtype(jnp.bfloat16))
     text = np.random.default_rng(0).integers(0, config.vocab_size, (batch, PROMPT + NEW)).astype(np.int32)
 
@@ -77,15 +74,15 @@ def test_logits_do_not_depend_on_how_many_tokens_come_together(name, heads, batc
 
     alone = logits(1)
     assert np.isfinite(alone).all() and alone.std() > 0.1
-    for width in range(2, DEPTH + 2):
+    for width in range(2, depth + 2):
         np.testing.assert_array_equal(logits(width), alone, err_msg=f"{width} tokens at a time")
 
 
 @gpu
 @needs_gpu
-@pytest.mark.parametrize("batch, drafts", [(1, 1), (1, 3), (4, 2), (12, 1), (48, 3)])
+@pytest.mark.parametrize("batch, drafts", [(1, 3), (4, 1), (12, 1), (48, 2)])
 def test_greedy_speculation_writes_the_text_of_plain_decoding(batch, drafts):
-    config = model_of("proxy_300m")
+    config = model_of("proxy_300m", drafts)
     variables = variables_of(config)
     params = SamplingParams(max_new_tokens=NEW, temperature=0.0, ignore_eos=True)
     rng = np.random.default_rng(1)
