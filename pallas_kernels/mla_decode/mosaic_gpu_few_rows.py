@@ -64,7 +64,7 @@ def split(q, c_kv, k_rope, c_kv_scale, k_rope_scale, lengths, table, *, call):
 
     Returns:
       float32 outputs `[parts, part_rows, rank]`, log-sum-exps in base 2 `[parts, tiles * 16]`, and the parts
-      of each sequence, int32 `[batch, 2]`, as `pieces.for_every` says.
+      of each sequence, int32 `[batch, 2]`, as `pieces.of_group` says.
     """
     codes = None if c_kv_scale is None else c_kv.dtype
     q_factor = None
@@ -76,6 +76,7 @@ def split(q, c_kv, k_rope, c_kv_scale, k_rope_scale, lengths, table, *, call):
         operands, outs, bounds, shared = _Operands(*refs[:8]), refs[8:10], refs[10], Shared(*refs[11:])
         program = lax.axis_index("program")
         group, tile = lax.div(program, call.tiles), lax.rem(program, call.tiles)
+        for_every_piece = pieces.of_group(call, operands.lengths, group)
 
         def compute(wg):
             for piece in range(pieces_of(call) + 1):
@@ -85,12 +86,11 @@ def split(q, c_kv, k_rope, c_kv_scale, k_rope_scale, lengths, table, *, call):
             def work(*piece):
                 Compute(call, codes, shared, wg, tile, *piece).run(outs)
 
-            pieces.for_every(call, operands.lengths, bounds, group, work)
+            for_every_piece(bounds, work)
             plgpu.wait_smem_to_gmem(0)
 
         def load():
-            work = functools.partial(_load, call, operands, shared, tile)
-            pieces.for_every(call, operands.lengths, None, group, work)
+            for_every_piece(None, functools.partial(_load, call, operands, shared, tile))
 
         common.roles(compute, lambda: common.load_with(call.loaders, load))
 
@@ -159,8 +159,8 @@ def _load(call, operands, shared, tile, b, part, length, first, count):
             yield operands.table[b, page], pl.ds(lax.rem(start, call.slots), size), pl.ds(copy * size, size)
 
     @pl.loop(0, count)
-    def _(i):
-        block = first + i * call.stride
+    def _(number):
+        block = first + number * call.stride
         for wg in range(WARPGROUPS):
             found = list(places(block * BLOCK + wg * ENTRIES))
             sync(free(call, pieces_of(call)), wg, 128 + call.loaders)
@@ -180,4 +180,4 @@ def _load(call, operands, shared, tile, b, part, length, first, count):
                     plgpu.copy_gmem_to_smem(
                         operands.c_kv.at[row, source, columns], shared.c_kv.at[wg, piece, target], full
                     )
-        pl.when(i == 0)(load_queries)
+        pl.when(number == 0)(load_queries)

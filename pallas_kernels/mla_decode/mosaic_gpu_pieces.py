@@ -6,6 +6,7 @@ blocks p, p + splits, ... Then what a query finds depends on nothing but its own
 that gets pieces of longer sequences is done later.
 """
 
+import functools
 import math
 
 import jax.numpy as jnp
@@ -34,21 +35,27 @@ def splits(batch: int, groups: int) -> int:
     return min(range(1, most + 1), key=cost)
 
 
-def for_every(call, lengths, bounds, group, work):
-    """Runs `work(b, part, length, first, count)` on each piece of a group, to be called by whole warps.
+def of_group(call, lengths, group):
+    """`run(bounds, work)`, which runs `work(b, part, length, first, count)` on each piece of a group.
 
-    The piece is blocks `first`, `first + call.stride`, ... of sequence b, `count` of them, and the part its
-    place among the partial results. Where `bounds` is given, int32 `[batch, 2]`, somebody says there which
-    parts a sequence has: from the first to the second, exclusive.
+    To be called by whole warps. The piece is blocks `first`, `first + call.stride`, ... of sequence b, `count`
+    of them, and the part its place among the partial results. Where `bounds` is given, int32 `[batch, 2]`,
+    somebody says there which parts a sequence has: from the first to the second, exclusive.
     """
     if not call.splits:
         share = shares.share_of(lengths, group, groups=call.groups, capacity=call.capacity)
+        return functools.partial(_of_share, call, lengths, group, share)
+    return functools.partial(_in_strides, call, lengths, group)
 
-        def of_share(b, length, low, high):
-            work(b, b + group, length, low, high - low)
 
-        return shares.for_every_piece(share, lengths, bounds, group, call.capacity, of_share)
+def _of_share(call, lengths, group, share, bounds, work):
+    def blocks(b, length, low, high):
+        work(b, b + group, length, low, high - low)
 
+    shares.for_every_piece(share, lengths, bounds, group, call.capacity, blocks)
+
+
+def _in_strides(call, lengths, group, bounds, work):
     @pl.loop(group, call.batch * call.splits, step=call.groups)
     def _(item):
         b, first = lax.rem(item, call.batch), lax.div(item, call.batch)

@@ -118,13 +118,14 @@ def split(q, c_kv, k_rope, lengths, table, *, call):
 
     Returns:
       float32 outputs `[parts, part_rows, rank]`, log-sum-exps in base 2 `[parts, tiles * 64]`, and the parts
-      of each sequence, int32 `[batch, 2]`, as `pieces.for_every` says.
+      of each sequence, int32 `[batch, 2]`, as `pieces.of_group` says.
     """
 
     def kernel(*refs):
         operands, outs, bounds, shared = _Operands(*refs[:5]), refs[5:7], refs[7], _Shared(*refs[8:])
         program = lax.axis_index("program")
         group, tile = lax.div(program, call.tiles), lax.rem(program, call.tiles)
+        for_every_piece = pieces.of_group(call, operands.lengths, group)
 
         def compute(wg):
             for slot in range(WARPGROUPS):
@@ -134,12 +135,11 @@ def split(q, c_kv, k_rope, lengths, table, *, call):
             def work(*piece):
                 _Compute(call, shared, wg, tile, *piece).run(outs)
 
-            pieces.for_every(call, operands.lengths, bounds, group, work)
+            for_every_piece(bounds, work)
             plgpu.wait_smem_to_gmem(0)
 
         def load():
-            work = functools.partial(_load, call, operands, shared, tile)
-            pieces.for_every(call, operands.lengths, None, group, work)
+            for_every_piece(None, functools.partial(_load, call, operands, shared, tile))
 
         common.roles(compute, lambda: common.load_with(call.loaders, load))
 
@@ -174,8 +174,8 @@ def _load(call, operands, shared, tile, b, part, length, first, count):
     size = HALF // copies
 
     @pl.loop(0, count)
-    def _(i):
-        block = first + i * call.stride
+    def _(number):
+        block = first + number * call.stride
         for slot in range(WARPGROUPS):
             sync(_FREE, slot, call.with_loader)
             full = shared.full.at[slot]
@@ -190,7 +190,7 @@ def _load(call, operands, shared, tile, b, part, length, first, count):
                 source, target = pl.ds(start, size), pl.ds(copy * size, size)
                 plgpu.copy_gmem_to_smem(operands.c_kv.at[row, source], shared.c_kv.at[slot, target], full)
                 plgpu.copy_gmem_to_smem(operands.k_rope.at[row, source], shared.rope.at[slot, target], full)
-        pl.when(i == 0)(load_queries)
+        pl.when(number == 0)(load_queries)
 
 
 class _Compute:

@@ -41,7 +41,7 @@ def pieces_of(call, lengths):
         found.append((int(b), int(part), [int(first + i * call.stride) for i in range(int(count))]))
 
     for group in range(call.groups):
-        pieces.for_every(call, np.asarray(lengths), bounds, group, work)
+        pieces.of_group(call, np.asarray(lengths), group)(bounds, work)
     return found, bounds
 
 
