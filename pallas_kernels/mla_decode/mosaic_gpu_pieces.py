@@ -38,9 +38,9 @@ def splits(batch: int, groups: int) -> int:
 def of_group(call, lengths, group):
     """`run(bounds, work)`, which runs `work(b, part, length, first, count)` on each piece of a group.
 
-    To be called by whole warps. The piece is `count` blocks of sequence b, `first`, `first + call.stride`, ...,
-    the part its place among the partial results. Where `bounds` is given, int32 `[batch, 2]`, somebody
-    says there which parts a sequence has: from the first to the second, exclusive.
+    To be called by whole warps. The piece is `count` blocks of sequence b, from `first` on in steps of
+    `call.stride`, the part its place among the partial results. Where `bounds` is given, int32 `[batch, 2]`,
+    somebody says there which parts a sequence has: from the first to the second, exclusive.
     """
     if not call.splits:
         share = shares.share_of(lengths, group, groups=call.groups, capacity=call.capacity)
