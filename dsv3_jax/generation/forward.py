@@ -165,7 +165,7 @@ def decode(
     """
     batch, seq = tokens.shape
     reading = _newest(cache, cache.lengths + seq, seq, active, config)
-    rows = rows_of(batch, seq, config)
+    rows = rows_of(batch, seq, config, weights.embedding.dtype)
     x = as_rows(weights.embedding[tokens], rows)
     reading = reading._replace(turn=jax.tree.map(lambda part: as_rows(part, rows), reading.turn))
     hidden, layers = _main(weights, x, cache, reading, config, None, rows)

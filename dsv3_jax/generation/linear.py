@@ -1,10 +1,10 @@
 """Products with the weights of a layer, in which a token finds the same to the bit with drafts as without.
 
-A GPU rounds by shapes: a product of 32 rows may add up in another order than one of 64. So a model that can
-draft decodes in arrays of one shape, `Rows`, whether drafts come along or not: the tokens of a step are the
-first rows, zeros the others. What adds up along a row then has the same shape in both programs, `alike` keeps
-it from being fused with what has not, and the compiler makes the same of it. Only kernels that compute each
-row as if it were alone leave the zeros out.
+Arithmetic rounds by shapes: a product of 32 rows may add up in another order than one of 64. So a model that
+can draft decodes in arrays of one shape, `Rows`, whether drafts come along or not: the tokens of a step are
+the first rows, zeros the others. What adds up along a row then has the same shape in both programs, `alike`
+keeps it from being fused with what has not, and the compiler makes the same of it. Only kernels that compute
+each row as if it were alone leave the zeros out.
 """
 
 from collections.abc import Callable
@@ -40,10 +40,14 @@ class Rows(NamedTuple):
     few: bool
 
 
-def rows_of(batch: int, seq: int, config: ModelConfig) -> Rows | None:
-    """The layout of `seq` tokens of each sequence on a GPU; None if they stay `[batch, seq]`."""
+def rows_of(batch: int, seq: int, config: ModelConfig, dtype: jnp.dtype) -> Rows | None:
+    """The layout of `seq` tokens of each sequence; None if they stay `[batch, seq]`.
+
+    So they do in float32 on a CPU or TPU, where orders of sums differ by less than choices between tokens do.
+    """
     most = config.mtp.depth + 1
-    if implementations.platform() != "gpu" or most == 1 or seq > most:
+    exact = dtype == jnp.float32 and implementations.platform() != "gpu"
+    if exact or most == 1 or seq > most:
         return None
     return Rows(batch * seq, batch * most, batch <= FEW)
 

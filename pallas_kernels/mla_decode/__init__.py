@@ -49,9 +49,9 @@ def mla_decode(
       page_table: the pages of each sequence in order; entries beyond its length are not read.
       c_kv_scale: factor of each entry of a quantised c_kv; required for those and for no others.
       k_rope_scale: likewise for k_rope.
-      alike: `"mosaic_gpu"` divides its work so that a query finds the same to the bit whatever the other
-        sequences' lengths are and however many queries come together, the number of sequences being the
-        same. Lengths that differ much, and several queries, cost more then.
+      alike: a query finds the same to the bit whatever the other sequences' lengths are and however many
+        queries come together, the number of sequences being the same. Lengths that differ much, and several
+        queries, cost more then.
       implementation: `"auto"`, or one by name: `"reference"` (the whole capacity at once, float32),
         `"blocked"` (plain JAX, a block at a time up to the longest length), `"mosaic_gpu"` (Hopper, bf16
         queries) or `"mosaic_tpu"` (TPU); the last two are our kernels.
@@ -71,8 +71,19 @@ def mla_decode(
         preference |= {"gpu": ("mosaic_gpu", "blocked"), "tpu": ("mosaic_tpu", "blocked")}
     chosen = implementations.choose("mla_decode", implementation, constraints, preference)
     with jax.named_scope(f"mla_decode_{chosen}"):
-        options = {"alike": alike} if chosen == "mosaic_gpu" else {}
-        return _MODULES[chosen].attention(*arrays, scale=float(scale), **options)
+        if chosen == "mosaic_gpu":
+            return mosaic_gpu.attention(*arrays, scale=float(scale), alike=alike)
+        attention = functools.partial(_MODULES[chosen].attention, scale=float(scale))
+        if (
+            not alike or chosen == "mosaic_tpu"
+        ):  # There a program has a sequence, and each query rows of its own.
+            return attention(*arrays)
+        found = [
+            attention(q[:, i : i + 1], *arrays[1:3], lengths - q.shape[1] + i + 1, *arrays[4:])
+            for i in range(q.shape[1])
+        ]
+        out, lse = (jnp.concatenate(parts, 1) for parts in zip(*found, strict=True))
+        return out, lse
 
 
 def _check(q, c_kv, k_rope, lengths, page_table, c_kv_scale, k_rope_scale):

@@ -94,7 +94,7 @@ def test_tokens_as_rows_of_one_shape(name, batch, seq):
     arguments = weights(name), cache, texts[:batch, :seq], np.ones(batch, bool)
     expected = decode(*arguments, config)
     with target_platform("gpu"):
-        rows = linear.rows_of(batch, seq, config)
+        rows = linear.rows_of(batch, seq, config, jnp.dtype(jnp.float32))
         found = jax.jit(lambda *given: forward.decode(*given, config))(*arguments)
     assert rows == (batch * seq, batch * (config.mtp.depth + 1), batch <= linear.FEW)
     # float32, values near 1, products of other shapes: a few hundred roundings of 6e-8.
