@@ -138,7 +138,6 @@ def train(config, workdir, stop):
     from dsv3_jax.training.initial import first_state
     from dsv3_jax.training.report import NoReport, Report, write_json
     from dsv3_jax.training.state import abstract_state, parameter_count, shardings
-    from dsv3_jax.training.step import make_train_step
 
     # 1. The parts: mesh, data, the step and the evaluation.
     check_kernels(config)
@@ -147,12 +146,11 @@ def train(config, workdir, stop):
     share = loop.data_share(mesh)
     seq_len, every = config.train.seq_len, config.checkpoint.every
     loader = Loader(config.data, split="train", seq_len=seq_len, seed=config.train.seed, **share)
-    train_step = distributed.together(make_train_step(config, mesh))
     evaluate = loop.make_evaluation(config, mesh, share)
     abstract = {"train": abstract_state(config, mesh)}
     on_device = shardings(abstract["train"].params)
     layout = ema.shardings(on_device, config.train.ema_memory)
-    update_ema = ema.make_update(config.train.ema_decay, layout)
+    run_step = loop.Steps(config, mesh, abstract["train"].params, layout)
     if config.train.ema_decay:
         abstract["ema"] = jax.tree.map(
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
@@ -224,9 +222,7 @@ def train(config, workdir, stop):
             rates = loop.schedules_at(config, step, tokens)
             first = loader.position
             batch, n_micro = loop.put_batch(config, mesh, loader.take(sequences), sequences)
-            state["train"], metrics = train_step(state["train"], batch, n_micro, rates)
-            if config.train.ema_decay:
-                state["ema"] = update_ema(state["ema"], state["train"].params, metrics.finite)
+            metrics = run_step(state, batch, n_micro, rates)
             step, tokens = step + 1, tokens + sequences * seq_len
             if pending:
                 look(*pending)
@@ -241,6 +237,7 @@ def train(config, workdir, stop):
                 params, router = state["train"].params, state["train"].router
                 validation["validation_loss"] = evaluate(params, router)
                 if config.train.ema_decay:
+                    run_step.catch_up(state)
                     average = jax.device_put(state["ema"], on_device)
                     validation["ema_validation_loss"] = evaluate(average, router)
                 clock["seconds"] += time.perf_counter() - started  # No part of the training speed.
@@ -251,6 +248,7 @@ def train(config, workdir, stop):
                 look(*pending)
                 pending = None
             if due:
+                run_step.catch_up(state)
                 extras = {"tokens": tokens, "data": loader.get_state(), "guard": guard.state()}
                 checkpoints.save(step, state, extras, {name: loss for name, (loss, _) in validation.items()})
     except TrainingDiverged as error:

@@ -16,7 +16,8 @@ profile two steps:
     ..., constant latencies    the same, scheduled without XLA's model of how long collectives take
 
 Checked first: losses beside those of `device`, bit by bit; one program that updates moments here and there;
-the average beside its recurrence in float64; the losses of expert-parallel beside one GPU's.
+the average beside its recurrence in float64, and where the step updates it, bit by bit beside one that a
+program of its own updates after every step; the losses of expert-parallel beside one GPU's.
 
 Where there are four GPUs, what copies to the host runs on the first, what does not on the second, and
 expert-parallel on the last two, at the same time. CUDA graphs are off in all other cases: so the profile
@@ -76,7 +77,7 @@ def measure(argv: list[str], steps: int, ready: Callable[[], None] = lambda: Non
 
     from dsv3_jax.data import Loader
     from dsv3_jax.parallel.mesh import make_mesh, replicated
-    from dsv3_jax.training import ema, loop
+    from dsv3_jax.training import ema, ema_beside, loop
     from dsv3_jax.training.state import abstract_state, init_state, shardings
     from dsv3_jax.training.step import make_train_step
 
@@ -91,18 +92,17 @@ def measure(argv: list[str], steps: int, ready: Callable[[], None] = lambda: Non
     abstract = abstract_state(config, mesh)
     layout = ema.shardings(shardings(abstract.params), config.train.ema_memory)
     started = time.perf_counter()
-    jitted: Any = make_train_step(config, mesh)
-    step_function = jitted.lower(abstract, *inputs(0)).compile()
-    text, update, average = step_function.as_text(), None, None
+    finite = jax.ShapeDtypeStruct((), bool, sharding=replicated(mesh))
+    beside = ema_beside.applies(config, mesh)
+    divided = ema_beside.abstract_average(abstract.params, layout)
+    jitted: Any = make_train_step(config, mesh, average=beside)
+    step_function = jitted.lower(abstract, *inputs(0), *([divided, finite] if beside else [])).compile()
+    text, update = step_function.as_text(), None
+    average: Any = None
+    keeper = ema_beside.Keeper(abstract.params, layout)
     if config.train.ema_decay:
-        whole = jax.tree.map(
-            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-            abstract.params,
-            layout,
-        )
-        finite = jax.ShapeDtypeStruct((), bool, sharding=replicated(mesh))
         jitted = ema.make_update(DECAY, layout)
-        update = jitted.lower(whole, abstract.params, finite).compile()
+        update = jitted.lower(divided.params, abstract.params, finite).compile()
         text += update.as_text()
     row: dict = {"compile_seconds": time.perf_counter() - started, "mesh": dict(mesh.shape)}
     ready()
@@ -110,30 +110,46 @@ def measure(argv: list[str], steps: int, ready: Callable[[], None] = lambda: Non
     state = init_state(config, mesh)
     if update:
         average = ema.init(state.params, layout)
-    losses, expected = [], None
+    losses, expected, other = [], None, None
     metrics: Any = None
+    changed: Any = jax.device_put(False, replicated(mesh))
 
     def run(count):
-        nonlocal state, average, metrics
+        nonlocal state, average, metrics, changed
         for _ in range(count):
-            state, metrics = step_function(state, *inputs(len(losses)))
-            if update:
-                average = update(average, state.params, metrics.finite)
+            given = state, *inputs(len(losses))
+            if beside:
+                state, metrics, average = step_function(*given, average, changed)
+                changed = metrics.finite
+            else:
+                state, metrics = step_function(*given)
+                if update:
+                    average = update(average, state.params, metrics.finite)
             losses.append(metrics.losses.ce_loss)
         jax.block_until_ready((state, average, metrics))
 
     if update:
         expected = watched(state.params)
+    if update and beside:
+        other, average = ema.init(state.params, layout), keeper.apart(average)
     for _ in range(WARM):
         run(1)
+        if update and beside:
+            other = update(other, state.params, metrics.finite)
         if expected is not None:
             now = watched(state.params)
             expected = [DECAY * old + (1 - DECAY) * new for old, new in zip(expected, now, strict=True)]
+    if update and beside:
+        average = update(keeper.whole(average), state.params, changed)
+        row["unequal_averages"] = unequal(average, other, shardings(abstract.params))
+        other = None
     if expected is not None:
         on_device = jax.tree.map(lambda leaf: leaf.sharding, state.params)
         there = watched(jax.tree.map(jax.device_put, average, on_device))
         apart = [np.abs(x - y).max() / np.abs(y).max() for x, y in zip(there, expected, strict=True)]
         row["average_beside_float64"] = float(max(apart))
+    if beside:
+        average, changed = keeper.apart(average), jax.device_put(False, replicated(mesh))
     if config.optimizer.memory == "host":
         row["unequal_updates"] = unequal_updates(mesh, config)
     started = time.perf_counter()
@@ -167,6 +183,15 @@ def _bytes(tree) -> int:
     import jax
 
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def unequal(first, second, on_device) -> int:
+    """Elements that differ between two trees in host memory."""
+    import jax
+
+    count = jax.jit(lambda x, y: (x != y).sum(dtype="float32"))
+    pairs = zip(*map(jax.tree.leaves, (first, second, on_device)), strict=True)
+    return int(sum(float(count(jax.device_put(x, place), jax.device_put(y, place))) for x, y, place in pairs))
 
 
 def watched(params) -> list:
@@ -242,6 +267,7 @@ def verdicts(rows: dict) -> dict:
         mine["ok"] = (
             row["finite"]
             and row.get("average_beside_float64", 0) < 1e-6
+            and row.get("unequal_averages", 0) == 0
             and row.get("unequal_updates", {"largest difference": 0})["largest difference"] < 1e-6
             and mine.get("largest difference of the first three", 0) < 1e-3
         )

@@ -14,11 +14,11 @@ from dsv3_jax.config import Config
 from dsv3_jax.config_reading import ConfigError, Problem
 from dsv3_jax.data import Loader, Tokenizer, bigram_cross_entropy
 from dsv3_jax.parallel import distributed
-from dsv3_jax.training import plots, schedules
+from dsv3_jax.training import ema, ema_beside, plots, schedules
 from dsv3_jax.training.report import METRICS_FILE, NoReport, Report, read_metrics
 from dsv3_jax.training.sample import sample_text
 from dsv3_jax.training.state import TrainState, make_model
-from dsv3_jax.training.step import Metrics, Schedules, batch_sharding, make_eval_step
+from dsv3_jax.training.step import Metrics, Schedules, batch_sharding, make_eval_step, make_train_step
 from dsv3_jax.training.throughput import flops_per_token, peak_flops
 
 
@@ -81,6 +81,43 @@ def schedules_at(config: Config, step: int, tokens: int) -> Schedules:
     )
     # Scalars of one dtype whatever the values, so that the step compiles once.
     return Schedules(*(jnp.float32(value) for value in values))
+
+
+class Steps:
+    """Training steps, with the moving average of the parameters if there is one.
+
+    They replace what `state` holds: "train", a `TrainState`, and "ema". Where the average is updated beside
+    the next step, "ema" is missing until `catch_up`.
+    """
+
+    def __init__(self, config: Config, mesh: Mesh, params: Any, layout: Any) -> None:
+        """`params`: the shapes of the parameters; `layout`: the shardings of their average."""
+        self._averages = config.train.ema_decay > 0
+        beside = ema_beside.applies(config, mesh)
+        self._step = distributed.together(make_train_step(config, mesh, average=beside))
+        self._update = ema.make_update(config.train.ema_decay, layout)
+        self._keeper = ema_beside.Keeper(params, layout) if beside else None
+        self._late: Any = None  # The average without the last step, and whether that changed the parameters.
+
+    def __call__(self, state: dict[str, Any], batch: Any, n_micro: Any, rates: Schedules) -> Metrics:
+        """One step; the arguments after `state` are those of `make_train_step`."""
+        given = state["train"], batch, n_micro, rates
+        if self._keeper:
+            average, changed = self._late or (self._keeper.apart(state.pop("ema")), np.bool_(False))
+            state["train"], metrics, average = self._step(*given, average, changed)
+            self._late = average, metrics.finite
+            return metrics
+        state["train"], metrics = self._step(*given)
+        if self._averages:
+            state["ema"] = self._update(state["ema"], state["train"].params, metrics.finite)
+        return metrics
+
+    def catch_up(self, state: dict[str, Any]) -> None:
+        """Makes `state["ema"]` the average that includes the last step."""
+        if self._keeper and self._late:
+            average, changed = self._late
+            state["ema"] = self._update(self._keeper.whole(average), state["train"].params, changed)
+            self._late = None
 
 
 def make_evaluation(

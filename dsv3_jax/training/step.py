@@ -2,7 +2,8 @@
 
     micro-batches -> gradients and expert counts, summed -> AdamW -> router bias, once, from the counts
 
-A step whose loss or gradients are not finite returns the state it was given.
+A step whose loss or gradients are not finite returns the state it was given. On request the step brings the
+moving average of the parameters up to date meanwhile, with the parameters that it starts from.
 """
 
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from dsv3_jax.model.router import max_violation, updated_bias
 from dsv3_jax.model.transformer import merge_router_counts
 from dsv3_jax.parallel.mesh import LOGICAL_AXES, current_mesh, make_mesh, replicated, use_mesh
 from dsv3_jax.pipeline import step as pipeline
-from dsv3_jax.training import optimizer
+from dsv3_jax.training import ema, ema_beside, optimizer
 from dsv3_jax.training.losses import Batch, Losses, cross_entropy, denominators, losses
 from dsv3_jax.training.state import TrainState, abstract_state, make_model, shardings
 
@@ -114,8 +115,44 @@ def train_step(
     config: Config, state: TrainState, batch: Batch, n_micro: Int[Array, ""] | int, schedules: Schedules
 ) -> tuple[TrainState, Metrics]:
     """One optimizer step over a batch [micro-batches, micro-batch, seq]; see `gradients`."""
-    grads, parts, counts = gradients(config, state, batch, n_micro, jnp.asarray(schedules.mtp_weight))
-    norm, clip = optimizer.norm_and_clip_scale(grads, config.optimizer.clip_norm)
+    found = gradients(config, state, batch, n_micro, jnp.asarray(schedules.mtp_weight))
+    scale = optimizer.norm_and_clip_scale(found[0], config.optimizer.clip_norm)
+    return _updated(config, state, found, scale, schedules)
+
+
+def train_step_beside_average(
+    config: Config,
+    state: TrainState,
+    batch: Batch,
+    n_micro: Int[Array, ""] | int,
+    schedules: Schedules,
+    average: ema_beside.Average,
+    changed: Bool[Array, ""],
+) -> tuple[TrainState, Metrics, ema_beside.Average]:
+    """`train_step`, and the moving average with the parameters that the step was given.
+
+    Args:
+      average: the average without them, in host memory.
+      changed: whether the last step changed the parameters; if not, the average stays as it is.
+    """
+    decay, streams = config.train.ema_decay, ema_beside.has_streams(current_mesh() or make_mesh(config.mesh))
+    average, batch = ema_beside.update(decay, average, state.params, changed, batch, streams)
+    found = gradients(config, state, batch, n_micro, jnp.asarray(schedules.mtp_weight))
+    norm, clip = optimizer.norm_and_clip_scale(found[0], config.optimizer.clip_norm)
+    # What overwrites the parameters waits for the average; without this XLA would copy all of them.
+    params, average, norm = lax.optimization_barrier((state.params, average, norm))
+    return *_updated(config, state._replace(params=params), found, (norm, clip), schedules), average
+
+
+def _updated(
+    config: Config,
+    state: TrainState,
+    found: tuple[Any, Losses, Int[Array, "rows experts"]],
+    scale: tuple[Float[Array, ""], Float[Array, ""]],
+    schedules: Schedules,
+) -> tuple[TrainState, Metrics]:
+    """The state after a step, from the gradients, their norm and the factor that clips them."""
+    (grads, parts, counts), (norm, clip) = found, scale
     finite = jnp.isfinite(parts.loss) & jnp.isfinite(norm)
     params, moments = optimizer.adamw_update(
         state.params,
@@ -142,22 +179,34 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(None, LOGICAL_AXES["batch"], None))
 
 
-def make_train_step(config: Config, mesh: Mesh) -> Callable[..., tuple[TrainState, Metrics]]:
-    """`train_step` jitted for a mesh: `(state, batch, n_micro, schedules)`. The state is donated."""
+def make_train_step(config: Config, mesh: Mesh, average: bool = False) -> Callable[..., Any]:
+    """`train_step` jitted for a mesh: `(state, batch, n_micro, schedules)`. The state is donated.
+
+    With `average`, `train_step_beside_average`: `(..., average, changed)`. The average is donated too.
+    """
     layout = shardings(abstract_state(config, mesh))
     ramp = config.train.ramp_start_batch > 0
 
-    def step(state: TrainState, batch: Batch, n_micro: Any, schedules: Schedules):
+    def step(state: TrainState, batch: Batch, n_micro: Any, schedules: Schedules, *rest: Any):
         with use_mesh(mesh, config.mesh):
             # A known trip count lets XLA see the loop's length; only a ramp needs it at run time.
             n = n_micro if ramp else batch["tokens"].shape[0]
+            if average:
+                return train_step_beside_average(config, state, batch, n, schedules, *rest)
             return train_step(config, state, batch, n, schedules)
 
+    alone = replicated(mesh)
+    ins, outs = (layout, batch_sharding(mesh), alone, alone), (layout, alone)
+    if not average:
+        return jax.jit(step, in_shardings=ins, out_shardings=outs, donate_argnums=0)
+    params, hosts = abstract_state(config, mesh).params, ema.shardings(layout.params, config.train.ema_memory)
+    places = jax.tree.map(lambda x: x.sharding, ema_beside.abstract_average(params, hosts))
     return jax.jit(
         step,
-        in_shardings=(layout, batch_sharding(mesh), replicated(mesh), replicated(mesh)),
-        out_shardings=(layout, replicated(mesh)),
-        donate_argnums=0,
+        in_shardings=(*ins, places, alone),
+        out_shardings=(*outs, places),
+        donate_argnums=(0, 4),
+        compiler_options=ema_beside.COMPILER_OPTIONS if ema_beside.has_streams(mesh) else None,
     )
 
 

@@ -1,0 +1,240 @@
+"""The moving average in host memory, updated inside the next step's program on streams beside its own.
+
+A GPU runs one program at a time, and an update that is a program of its own (`training.ema`) hides nothing.
+The step starts with the parameters that the update needs. So each piece of the average is one call that XLA
+starts before the layers and waits for before AdamW: a loop of [copy in, mix, copy out].
+
+What such a call copies shares its stream, in and out by turns, and two calls cannot change one array at once.
+So an array that holds much of all bytes lends its end to arrays of their own (`Average.aside`), to lanes
+beside it. They come back (`whole`) before anybody else reads the average.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax import lax
+from jax.experimental import xla_metadata
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Shaped
+
+from dsv3_jax.config import Config
+from dsv3_jax.training import visits
+from dsv3_jax.training.ema import Params, Shardings, averaged
+
+LANES = 4  # While what some carry comes in, or waits for room to be mixed in, what others carry goes out.
+LARGEST_SHARE = 1 / 3  # Of all bytes, in one piece: alone in a lane it must not take as long as a step.
+BLOCK_BYTES = 96 << 20  # At most so much of each piece visits at once, where an array can be cut so.
+COMPILER_OPTIONS = {
+    # These passes give every copy from and to host memory a stream of its own, also one that has a stream.
+    "xla_disable_hlo_passes": "host-memory-transfer-asyncifier,dynamic-slice-copy-fusion-async-wrapper",
+    # The scheduler lets two calls at a time run beside the rest, and would wait for all but the last.
+    "xla_gpu_experimental_parallel_async_compute_limit": 1024,
+    # No CUDA graphs, as it was measured.
+    "xla_gpu_graph_min_graph_size": 1 << 30,
+}
+_call = getattr(xla_metadata, "xla_metadata_call", None)  # Since JAX 0.11.
+
+
+class Average(NamedTuple):
+    """The average as the step updates it. What `aside` holds is stale in `params`."""
+
+    params: Params
+    aside: tuple[tuple[Any, ...], ...]  # Of each array, in the tree's order: its last blocks, in pieces.
+
+
+class Division(NamedTuple):
+    """How an array is divided: `turns` blocks, `of` along its second axis, in pieces that end at `ends`."""
+
+    turns: int
+    of: int
+    ends: tuple[int, ...]
+
+    def pieces(self) -> list[tuple[int, int]]:
+        """First block and number of blocks of each. The first piece stays where it is."""
+        starts = (0, *self.ends)
+        return [(start, end - start) for start, end in zip(starts, self.ends, strict=False)]
+
+
+def has_streams(mesh: Mesh) -> bool:
+    """Whether a program for these devices can run parts of itself on streams of their own."""
+    return mesh.devices.flat[0].platform == "gpu" and _call is not None
+
+
+def applies(config: Config, mesh: Mesh) -> bool:
+    """Whether the average of a step is updated inside the next step's program.
+
+    Not where the moments are in host memory too: under `COMPILER_OPTIONS` kernels would read them there. Nor
+    on several GPUs: the scheduler of a program with collectives starts it after the layers.
+    """
+    train = config.train
+    alone = config.optimizer.memory == "device" and mesh.size == 1
+    return train.ema_decay > 0 and train.ema_memory == "host" and alone and has_streams(mesh)
+
+
+def divisions(arrays: list[Any]) -> list[Division]:
+    """How to divide arrays, given by their shapes, so that no piece has more than `LARGEST_SHARE`."""
+    sizes = [math.prod(x.shape) * 4 for x in arrays]
+    found = []
+    for x, size in zip(arrays, sizes, strict=True):
+        counts, left = [1, 1], size
+        for axis in range(min(2, x.ndim)):
+            divisors = (n for n in range(1, x.shape[axis] + 1) if x.shape[axis] % n == 0)
+            counts[axis] = next((n for n in divisors if left / n <= BLOCK_BYTES), x.shape[axis])
+            left /= counts[axis]
+        turns = counts[0] * counts[1]
+        # A piece of one block would be no loop, and its copies kernels.
+        pieces = min(math.ceil(size / (LARGEST_SHARE * max(sum(sizes), 1))), max(turns // 2, 1))
+        found.append(Division(turns, counts[1], tuple(turns * (n + 1) // pieces for n in range(pieces))))
+    return found
+
+
+def abstract_average(params: Params, shardings: Shardings) -> Average:
+    """Shapes and places of an `Average` of `params`, which may be shapes themselves."""
+
+    def whole(p: Any, place: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(p.shape, np.float32, sharding=place)
+
+    def piece(x: jax.ShapeDtypeStruct, division: Division, count: int) -> jax.ShapeDtypeStruct:
+        rows, *rest = jax.eval_shape(lambda x: visits.cut(x, division.of), x).shape
+        return jax.ShapeDtypeStruct((rows // division.turns * count, *rest), x.dtype, sharding=x.sharding)
+
+    tree = jax.tree.map(whole, params, shardings)
+    leaves = jax.tree.leaves(tree)
+    aside = [
+        tuple(piece(x, division, count) for _, count in division.pieces()[1:])
+        for x, division in zip(leaves, divisions(leaves), strict=True)
+    ]
+    return Average(tree, tuple(aside))
+
+
+class Keeper:
+    """Takes an average apart for the step, and puts it together for everybody else."""
+
+    def __init__(self, params: Params, shardings: Shardings) -> None:
+        """`params` and `shardings` of the average; arrays or their shapes."""
+        self._abstract = abstract_average(params, shardings)
+        places = jax.tree.map(lambda x: x.sharding, self._abstract)
+        self._take = jax.jit(_taken, donate_argnums=1, out_shardings=places.aside)
+        self._return = jax.jit(_returned, donate_argnums=0, out_shardings=places.params)
+        self._aside: Any = None
+
+    def apart(self, average: Params) -> Average:
+        """Of a whole average. It must not be used again before it is `whole`."""
+        if self._aside is None:
+            self._aside = jax.tree.map(
+                lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), self._abstract.aside
+            )
+        return Average(average, self._take(average, self._aside))
+
+    def whole(self, average: Average) -> Params:
+        """The average in one again; its arrays are donated or kept for the next `apart`."""
+        self._aside = average.aside
+        return self._return(average.params, average.aside)
+
+
+def _taken(average: Params, aside: tuple[tuple[Array, ...], ...]) -> tuple[tuple[Array, ...], ...]:
+    """`aside`, with the blocks of the average that belong there."""
+    found = []
+    leaves = jax.tree.leaves(average)
+    for x, pieces, division in zip(leaves, aside, divisions(leaves), strict=True):
+        blocks, new = visits.cut(x, division.of), []
+        for piece, (start, count) in zip(pieces, division.pieces()[1:], strict=True):
+
+            def take(turn, piece, start=start, blocks=blocks, turns=division.turns):
+                return turn.leave(piece, visits.Turn(start + turn.index, turns).arrive(blocks))
+
+            new.append(visits.in_turns(count, piece, take))
+        found.append(tuple(new))
+    return tuple(found)
+
+
+def _returned(average: Params, aside: tuple[tuple[Array, ...], ...]) -> Params:
+    """The average with the blocks that are `aside`."""
+    leaves, tree = jax.tree.flatten(average)
+    found = []
+    for x, pieces, division in zip(leaves, aside, divisions(leaves), strict=True):
+        blocks = visits.cut(x, division.of)
+        for piece, (start, count) in zip(pieces, division.pieces()[1:], strict=True):
+
+            def put(turn, blocks, start=start, piece=piece, turns=division.turns):
+                return visits.Turn(start + turn.index, turns).leave(blocks, turn.arrive(piece))
+
+            blocks = visits.in_turns(count, blocks, put)
+        found.append(blocks.reshape(x.shape) if pieces else x)
+    return tree.unflatten(found)
+
+
+# ---------------------------------------------------------------- in the step
+
+
+def update(
+    decay: float, average: Average, params: Params, finite: Bool[Array, ""], first: Any, streams: bool
+) -> tuple[Average, Any]:
+    """What `training.ema.make_update` does, as part of a training step that has `params` as its input.
+
+    XLA orders a program by what needs what. What it starts early needs an early operand, and it waits for the
+    result as late as somebody needs it: let the new parameters need it, which overwrite the old ones.
+
+    Args:
+      decay: of the average.
+      average: before the last step.
+      params: the parameters after it.
+      finite: whether the last step changed them.
+      first: what the step reads first, any tree. It comes back as it was, when the update is on its way.
+      streams: beside the step, where the device `has_streams`; without, XLA orders it as it likes.
+    """
+    leaves, tree = jax.tree.flatten(average.params)
+    new, divided = jax.tree.leaves(params), divisions(leaves)
+    arrays = {(number, 0): x for number, x in enumerate(leaves)}
+    for number, pieces in enumerate(average.aside):
+        arrays |= {(number, k): x for k, x in enumerate(pieces, start=1)}
+    parts = {key: divided[key[0]].pieces()[key[1]] for key in arrays}
+
+    def size(key: tuple[int, int]) -> float:
+        return leaves[key[0]].size / divided[key[0]].turns * parts[key][1]
+
+    carried = [0.0] * LANES
+    with jax.named_scope("ema"):
+        if streams:
+            assert _call is not None, "no streams before JAX 0.11"
+            early = _call(lambda x, *needed: lax.optimization_barrier((x, needed))[0], inlineable="false")
+            finite = early(finite, *arrays.values(), *new)
+            first, _ = lax.optimization_barrier((first, finite))
+        for key in sorted(arrays, key=size, reverse=True):
+            visit = _visit(decay, divided[key[0]], *parts[key])
+            lane = carried.index(min(carried))
+            carried[lane] += size(key)
+            if streams and _call is not None:
+                visit = _call(visit, _xla_stream_annotation=str(lane + 1), inlineable="false")
+            arrays[key] = visit(arrays[key], new[key[0]], finite)
+    aside = tuple(
+        tuple(arrays[number, k + 1] for k in range(len(pieces)))
+        for number, pieces in enumerate(average.aside)
+    )
+    return Average(tree.unflatten([arrays[n, 0] for n in range(len(leaves))]), aside), first
+
+
+def _visit(
+    decay: float, division: Division, start: int, count: int
+) -> Callable[[Shaped[Array, "..."], Shaped[Array, "..."], Bool[Array, ""]], Array]:
+    """The update of one piece, block by block; one result, as XLA makes several wait for each other."""
+
+    def visit(average: Array, p: Array, finite: Bool[Array, ""]) -> Array:
+        new = visits.cut(p, division.of)
+
+        def turn_of(turn: visits.Turn, blocks: Array) -> Array:
+            there = visits.Turn(start + turn.index, division.turns)
+            here = turn if start else there
+            # The barriers keep copies apart from the arithmetic: a kernel would read host memory itself.
+            old = lax.optimization_barrier(here.arrive(blocks))
+            return here.leave(blocks, lax.optimization_barrier(averaged(decay, old, there.take(new), finite)))
+
+        blocks = average if start else visits.cut(average, division.of)
+        found = visits.in_turns(count, blocks, turn_of).reshape(average.shape)
+        # A copy to the host that is the result itself would be taken for one that stays on the device.
+        return lax.optimization_barrier(found) if count == 1 else found
+
+    return visit
