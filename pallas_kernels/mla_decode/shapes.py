@@ -83,7 +83,8 @@ def quantise(x, dtype):
     return (jnp.round(x) if integer else x).astype(dtype), factor
 
 
-# The decoding shapes that the issue of speed is decided on.
+_RAGGED = np.random.default_rng(0)
+# The decoding shapes that the issue of speed is decided on, and lengths that differ much.
 BENCHMARK = (
     Shape(32, 4096, 16),
     Shape(128, 4096, 16),
@@ -95,6 +96,7 @@ BENCHMARK = (
     Shape(1, 131072, 16),
     Shape(128, 4096, 16, s_q=2),
     Shape(128, 4096, 16, page=64),
+    *(Shape(batch, tuple(map(int, _RAGGED.integers(100, 8192, batch))), 16) for batch in (32, 128)),
     *(
         Shape(*lengths, heads, page=page, cache=cache)
         for cache in ("float8_e4m3fn", "int8")
