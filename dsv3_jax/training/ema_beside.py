@@ -59,8 +59,12 @@ class Division(NamedTuple):
 
 
 def has_streams(mesh: Mesh) -> bool:
-    """Whether a program for these devices can run parts of itself on streams of their own."""
-    return mesh.devices.flat[0].platform == "gpu" and _call is not None
+    """Whether a program for these devices can run parts of itself on streams of their own.
+
+    With this JAX only: `COMPILER_OPTIONS` name what its XLA has, and another may refuse or want no more.
+    """
+    known = _call is not None and jax.__version_info__[:2] == (0, 11)
+    return known and mesh.devices.flat[0].platform == "gpu"
 
 
 def applies(config: Config, mesh: Mesh) -> bool:
