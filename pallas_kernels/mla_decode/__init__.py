@@ -74,9 +74,7 @@ def mla_decode(
         if chosen == "mosaic_gpu":
             return mosaic_gpu.attention(*arrays, scale=float(scale), alike=alike)
         attention = functools.partial(_MODULES[chosen].attention, scale=float(scale))
-        if (
-            not alike or chosen == "mosaic_tpu"
-        ):  # There a program has a sequence, and each query rows of its own.
+        if not alike or chosen == "mosaic_tpu":  # There each query has rows of its own, in one program.
             return attention(*arrays)
         found = [
             attention(q[:, i : i + 1], *arrays[1:3], lengths - q.shape[1] + i + 1, *arrays[4:])

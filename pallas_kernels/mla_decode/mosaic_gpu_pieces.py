@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels.mla_decode import mosaic_gpu_shares as shares
 from pallas_kernels.mla_decode.mosaic_gpu_shares import BLOCK
 
-# Pieces that a group gets in turn, if there are several sequences: their lengths average out.
+# At most so many pieces for each group.
 ROUNDS = 4
 # What a piece costs a group beside its blocks, in parts of what a sequence of equal length costs in all.
 _PIECE_COST = 1 / 256
@@ -27,7 +27,7 @@ def splits(batch: int, groups: int) -> int:
 
     Not by the capacity: the same sequence may lie in a cache of another.
     """
-    most = -(-groups * (ROUNDS if batch > 1 else 1) // batch)
+    most = -(-groups * (ROUNDS if batch > 1 else 1) // batch)  # Of one sequence all are equally long.
 
     def cost(n):
         return math.ceil(batch * n / groups) * (1 / n + _PIECE_COST)
