@@ -138,6 +138,19 @@ def train(config, program, state, inputs, first: int, steps: int, deadline: floa
     return state, collect()
 
 
+def described(config: str, overrides: list[str], text: Text) -> dict[str, Any]:
+    """What results say of the run that they are of."""
+    from benchmarks import timing
+
+    return {
+        "config": config,
+        "overrides": overrides,
+        "versions": timing.versions(),
+        "text": text.source,
+        "passes_over_the_text": text.passes,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", default="configs/proxy_300m.py")
@@ -151,7 +164,6 @@ def main() -> None:
     deadline = time.monotonic() + arguments.seconds
 
     import train as trainer
-    from benchmarks import timing
 
     configs, limits = {}, {}
     for variant in arguments.variants.split(","):
@@ -162,14 +174,7 @@ def main() -> None:
         configs[name], _ = trainer.parse([f"--config={arguments.config}", *overrides, *fields])
     text = Text(next(iter(configs.values())))
     runs = json.loads(Path(arguments.add).read_text())["runs"] if arguments.add else {}
-    about = {
-        "config": arguments.config,
-        "overrides": overrides,
-        "versions": timing.versions(),
-        "text": text.source,
-        "passes_over_the_text": text.passes,
-        "shared": arguments.shared,
-    }
+    about = described(arguments.config, overrides, text) | {"shared": arguments.shared}
     lock = threading.Lock()
 
     def save(name, run):

@@ -190,7 +190,6 @@ def main() -> None:
     deadline = time.monotonic() + arguments.seconds
 
     import train as trainer
-    from benchmarks import timing
 
     def parse(*fields):
         flags = (f"--config.{field}" for field in fields)
@@ -203,16 +202,8 @@ def main() -> None:
         schedules[name] = parse(f"optimizer.peak_lr={peak}", f"optimizer.warmup_steps={warmup}")
     configs = {name: parse(*fp8_loss.VARIANTS[name]) for name in PAIR}
     text = fp8_loss.Text(configs[PAIR[0]])
-    about = {
-        "config": arguments.config,
-        "overrides": overrides,
-        "versions": timing.versions(),
-        "text": text.source,
-        "passes_over_the_text": text.passes,
-        "window": WINDOW,
-        "claim": CLAIM,
-        "schedules": names,
-    }
+    about = fp8_loss.described(arguments.config, overrides, text)
+    about |= {"window": WINDOW, "claim": CLAIM, "schedules": names}
     tokens = configs[PAIR[0]].train.batch_size * configs[PAIR[0]].train.seq_len
 
     def report(attempts):

@@ -43,7 +43,8 @@ class Rows(NamedTuple):
 def rows_of(batch: int, seq: int, config: ModelConfig, dtype: jnp.dtype) -> Rows | None:
     """The layout of `seq` tokens of each sequence; None if they stay `[batch, seq]`.
 
-    So they do in float32 on a CPU or TPU, where orders of sums differ by less than choices between tokens do.
+    So they do in float32 on a CPU or TPU: there another order of sums changes logits by some 1e-6, and a text
+    only where two tokens are as near.
     """
     most = config.mtp.depth + 1
     exact = dtype == jnp.float32 and implementations.platform() != "gpu"

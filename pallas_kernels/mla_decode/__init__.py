@@ -51,7 +51,7 @@ def mla_decode(
       k_rope_scale: likewise for k_rope.
       alike: a query finds the same to the bit whatever the other sequences' lengths are and however many
         queries come together, the number of sequences being the same. Lengths that differ much, and several
-        queries, cost more then.
+        queries, cost more then. `"mosaic_tpu"` is as it is.
       implementation: `"auto"`, or one by name: `"reference"` (the whole capacity at once, float32),
         `"blocked"` (plain JAX, a block at a time up to the longest length), `"mosaic_gpu"` (Hopper, bf16
         queries) or `"mosaic_tpu"` (TPU); the last two are our kernels.
