@@ -40,17 +40,17 @@ def rows(x, *, power_of_two, dtype, swiglu=False, per_tensor=False):
         gate, up = jnp.split(x, 2, axis=1)
         x = jax.nn.silu(gate) * up
     largest = float(jnp.finfo(dtype).max)
-    values, scales = scaled_rows(x, largest, power_of_two=power_of_two, per_tensor=per_tensor)
+    if per_tensor:
+        scale, inverse = scale_and_inverse(jnp.max(jnp.abs(x)), largest, power_of_two)
+        return (x * inverse).astype(dtype), jnp.full((-(-x.shape[1] // TILE), x.shape[0]), scale)
+    values, scales = scaled_rows(x, largest, power_of_two=power_of_two)
     return values.astype(dtype), scales
 
 
-def scaled_rows(x, largest: float, *, power_of_two, per_tensor=False):
+def scaled_rows(x, largest: float, *, power_of_two):
     """1x128 tiles divided by the scale that maps their largest magnitude to `largest`; and the scales."""
     tiles = _tiles(x)
-    amax = jnp.max(jnp.abs(tiles), axis=-1)
-    if per_tensor:
-        amax = jnp.broadcast_to(jnp.max(amax), amax.shape)
-    scale, inverse = scale_and_inverse(amax, largest, power_of_two)
+    scale, inverse = scale_and_inverse(jnp.max(jnp.abs(tiles), axis=-1), largest, power_of_two)
     return (tiles * inverse[..., None]).reshape(x.shape[0], -1)[:, : x.shape[1]], scale.T
 
 
@@ -74,12 +74,25 @@ def columns(x, group_sizes, *, power_of_two, dtype, per_tensor=False):
     if isinstance(x, tuple):
         x = dequantize(*x)
     x = x.astype(jnp.float32)
+    options = dict(power_of_two=power_of_two, dtype=dtype)
+    if not per_tensor:
+        return rows(_padded_groups(x, group_sizes).T, **options)
+    # Quantised where it lies: then a quarter of the bytes is moved.
+    if group_sizes is not None:
+        x = jnp.where(jnp.arange(x.shape[0])[:, None] < jnp.sum(group_sizes), x, 0)
+    values, scales = rows(x, per_tensor=True, **options)
+    codes = _padded_groups(lax.bitcast_convert_type(values, jnp.uint8), group_sizes).T
+    scales = jnp.full((codes.shape[1] // TILE, codes.shape[0]), scales[0, 0])
+    return lax.bitcast_convert_type(codes, dtype), scales
+
+
+def _padded_groups(x, group_sizes):
+    """`[rows, k]` to `[padded, k]`: every group filled up with zeros."""
     start, valid = row_blocks(group_sizes, x.shape[0]).T
     row = start[:, None] + jnp.arange(TILE)
     inside = jnp.arange(TILE) < valid[:, None]
     tiles = jnp.where(inside[..., None], x[jnp.minimum(row, x.shape[0] - 1)], 0)
-    transposed = tiles.reshape(-1, x.shape[1]).T
-    return rows(transposed, power_of_two=power_of_two, dtype=dtype, per_tensor=per_tensor)
+    return tiles.reshape(-1, x.shape[1])
 
 
 def blocks(w, *, power_of_two, dtype, transpose=False, per_tensor=False):
