@@ -3,15 +3,16 @@
     python benchmarks/decode_gpu.py [--batch 1 32 128] [--context 4096] [--peer] [--profile] [--out FILE]
 
 The model is `configs/small_gpu.py` in bf16 with random weights, the cache is full of random entries up to
-the context, and greedy steps run in one loop on the device. First a cut-down model of the same widths is
-checked: the logits of prefill and decoding, with the kernels that "auto" chooses, against the training
-forward in float32.
+the context, and greedy steps run in one loop on the device. Reading the first tokens of as many prompts is
+timed, too. First a cut-down model of the same widths is checked: the logits of prefill and decoding, with the
+kernels that "auto" chooses, against the training forward in float32.
 
 The floor of a step is its bytes over the rate of a device-to-device copy, measured in the same run: the
 weights that the batch touches (of the experts, those that so many uniform choices hit) and the cache in use.
-`--profile` lists the kernels of a step. `--peer` runs `benchmarks/decode_gpu_peer.py` (transformers) beside:
-both compile at once, and measure one after the other; on the next GPU where there is one, else without
-batches for whose cache there is no room beside ours. `--unchecked` leaves the check out.
+`--options` measures again with other options of the compiler. `--profile` lists the kernels of a step.
+`--peer` runs `benchmarks/decode_gpu_peer.py` (transformers) beside: both compile at once, and measure one
+after the other; on the next GPU where there is one, else without batches for whose cache there is no room
+beside ours. `--unchecked` leaves the check out.
 """
 
 import argparse
@@ -43,13 +44,14 @@ from dsv3_jax.config_checks import typed
 from dsv3_jax.generation import SamplingParams, decode, forward, linear
 from dsv3_jax.generation.cache import LatentCache, bytes_per_token, init_cache
 from dsv3_jax.generation.decode import DecodeState
-from dsv3_jax.generation.prefill import prefill
+from dsv3_jax.generation.prefill import prefill, prefill_chunk
 from dsv3_jax.generation.sampling import make_sampler
 from dsv3_jax.generation.weights import Weights, prepare
 from dsv3_jax.model import Transformer, init_variables
 from pallas_kernels import implementations
 
 NEW = 128
+CHUNK = 512
 # bf16 rounds to 2^-9; two layers and a head of them leave below 1e-2. A wrong product leaves far more.
 TOLERANCE = 2e-2
 
@@ -205,6 +207,32 @@ def measure(
     return statistics.median(times[1:]), state
 
 
+def prefill_inputs(config: ModelConfig, batch: int) -> tuple[Any, ...]:
+    """What the chunk that is timed takes after the weights: the first `CHUNK` tokens of prompts."""
+    cache = init_cache(config, batch, CHUNK, "bf16")
+    kept = jnp.zeros((batch, 1, config.d_model), jnp.bfloat16)
+    tokens = jnp.ones((batch, CHUNK), jnp.int32)
+    return cache, kept, tokens, jnp.int32(0), jnp.full(batch, CHUNK, jnp.int32)
+
+
+def compiled_prefill(config: ModelConfig, weights: Weights, batch: int, options: Any = None) -> Any:
+    inputs = jax.eval_shape(lambda: prefill_inputs(config, batch))
+    with implementations.one_device():
+        return prefill_chunk.lower(weights, *inputs, config, CHUNK, 0).compile(compiler_options=options)
+
+
+def prefill_seconds(program: Any, weights: Weights, config: ModelConfig, batch: int, rounds: int) -> float:
+    """Median seconds of reading `CHUNK` tokens of each sequence."""
+    (cache, kept, *inputs), times = prefill_inputs(config, batch), []
+    for _ in range(rounds + 1):
+        jax.block_until_ready((cache, kept, inputs))
+        start = time.perf_counter()
+        cache, kept = program(weights, cache, kept, *inputs)
+        jax.block_until_ready((cache, kept))
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
 class Peer:
     """transformers in a process of its own, which measures when it is told to."""
 
@@ -243,7 +271,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--profile", action="store_true")
     parser.add_argument(
-        "--options", action="append", default=[], help="compiler options to try at batch 1, as JSON"
+        "--options", action="append", default=[], help="other compiler options to try, as JSON"
     )
     parser.add_argument("--peer", action="store_true")
     parser.add_argument("--unchecked", action="store_true")
@@ -259,20 +287,20 @@ def main() -> None:
     shapes = {
         batch: jax.eval_shape(lambda b=batch: make_state(config, b, context)) for batch in arguments.batch
     }
-    jobs = [(batch, None) for batch in arguments.batch] + [
-        (1, json.loads(text)) for text in arguments.options
-    ]
+    tried = [None, *map(json.loads, arguments.options)]
+    jobs = [(batch, options) for batch in arguments.batch for options in tried]
     with concurrent.futures.ThreadPoolExecutor(8) as pool:  # The compiler leaves Python's lock.
         programs = [pool.submit(compiled, config, weights, shapes[batch], options) for batch, options in jobs]
+        prefills = [pool.submit(compiled_prefill, config, weights, *job) for job in jobs]
     copy = timing.roofline().copy_tbps * 1e12
     print(f"copy {copy / 1e12:.2f} TB/s; compiled ({time.perf_counter() - began:.0f} s)", flush=True)
     if peer is not None:
         peer.ready()
         print(f"transformers is ready ({time.perf_counter() - began:.0f} s)", flush=True)
     rows = []
-    for (batch, options), job in zip(jobs, programs, strict=True):
-        if job.exception() is not None:
-            print(f"batch {batch} {options}: {str(job.exception())[:300]}")
+    for (batch, options), job, reading in zip(jobs, programs, prefills, strict=True):
+        if error := job.exception() or reading.exception():
+            print(f"batch {batch} {options}: {str(error)[:300]}")
             continue
         program, state = job.result(), make_state(config, batch, context)
         seconds, state = measure(program, weights, state, context, arguments.rounds)
@@ -283,11 +311,14 @@ def main() -> None:
             "milliseconds": 1e3 * seconds,
             "tokens_per_second": batch / seconds,
             "roofline": floor / seconds,
+            "prefill_milliseconds": 1e3
+            * prefill_seconds(reading.result(), weights, config, batch, arguments.rounds),
         }
         rows.append(row)
         print(
             f"batch {batch} {options or ''}: {1e3 * seconds:.3f} ms a step, {batch / seconds:.0f} tokens/s, "
-            f"{floor / seconds:.1%} of the rate of {1e3 * floor:.3f} ms",
+            f"{floor / seconds:.1%} of the rate of {1e3 * floor:.3f} ms; {row['prefill_milliseconds']:.2f} ms"
+            f" to read {CHUNK} tokens each",
             flush=True,
         )
         if arguments.profile and options is None:

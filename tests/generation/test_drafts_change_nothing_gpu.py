@@ -5,6 +5,11 @@ Greedy speculation then writes the text of plain decoding, in bf16 too, whatever
 
 import dataclasses
 import functools
+import json
+import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -78,19 +83,55 @@ def test_logits_do_not_depend_on_how_many_tokens_come_together(name, depth, head
         np.testing.assert_array_equal(logits(width), alone, err_msg=f"{width} tokens at a time")
 
 
+def prompts_of(count):
+    """Of many lengths, and so are the sequences of a batch at any step."""
+    rng = np.random.default_rng(1)
+    return [rng.integers(0, 256, n).tolist() for n in rng.integers(5, 150, count)]
+
+
+def texts(config, variables, batches, drafts):
+    """Of each batch of prompts the tokens that greedy decoding writes."""
+    params = SamplingParams(max_new_tokens=NEW, temperature=0.0, ignore_eos=True)
+    way = Generator(config, variables, None, dtype=jnp.bfloat16, speculate=drafts)
+    return [[text.tokens for text in way.generate(batch, params)] for batch in batches]
+
+
 @gpu
 @needs_gpu
 @pytest.mark.parametrize("batch, drafts", [(1, 3), (4, 1), (12, 1), (48, 2)])
 def test_greedy_speculation_writes_the_text_of_plain_decoding(batch, drafts):
     config = model_of("proxy_300m", drafts)
-    variables = variables_of(config)
-    params = SamplingParams(max_new_tokens=NEW, temperature=0.0, ignore_eos=True)
-    rng = np.random.default_rng(1)
-    # Of many lengths, and so are the sequences of a batch at any step.
-    prompts = [rng.integers(0, 256, n).tolist() for n in rng.integers(5, 150, max(batch, 4))]
-    plain, speculative = (
-        Generator(config, variables, None, dtype=jnp.bfloat16, speculate=number) for number in (0, drafts)
-    )
-    for at in range(0, len(prompts), batch):
-        want, found = (way.generate(prompts[at : at + batch], params) for way in (plain, speculative))
-        assert [text.tokens for text in found] == [text.tokens for text in want]
+    variables, prompts = variables_of(config), prompts_of(max(batch, 4))
+    batches = [prompts[at : at + batch] for at in range(0, len(prompts), batch)]
+    plain, speculative = (texts(config, variables, batches, number) for number in (0, drafts))
+    assert speculative == plain
+
+
+OTHER_PROCESS = """
+import json, sys
+sys.path[:0] = {paths}
+from tests.generation import test_drafts_change_nothing_gpu as this
+config = this.model_of("proxy_300m", 1)
+print(json.dumps(this.texts(config, this.variables_of(config), [this.prompts_of({batch})], {drafts})))
+"""
+
+
+@gpu
+@needs_gpu
+def test_another_process_writes_the_same_text():
+    """`dsv3 generate` with and without `--speculate` are two, and each compiles for itself."""
+    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+    root = str(pathlib.Path(__file__).parents[2])
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", OTHER_PROCESS.format(paths=[root], batch=20, drafts=drafts)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for drafts in (0, 1)
+    ]
+    plain, speculative = (json.loads(process.communicate()[0].splitlines()[-1]) for process in processes)
+    assert len(plain[0]) == 20 and {len(text) for text in plain[0]} == {NEW}
+    assert speculative == plain
