@@ -117,7 +117,7 @@ def by_length(lengths: list[int], capacity: int, rounds: int) -> list[dict[str, 
         times = []
         for _ in range(5 + rounds):
             start = time.perf_counter()
-            state, emitted = decode_step(weights, state, model)
+            state, emitted = decode_step.of(model)(weights, state, model)
             jax.block_until_ready(emitted)
             times.append(time.perf_counter() - start)
         out.append(

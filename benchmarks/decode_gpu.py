@@ -41,9 +41,10 @@ import numpy as np
 from configs import small_gpu
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.config_checks import typed
-from dsv3_jax.generation import SamplingParams, decode, forward, linear
+from dsv3_jax.generation import SamplingParams, forward, programs
 from dsv3_jax.generation.cache import LatentCache, bytes_per_token, init_cache
 from dsv3_jax.generation.decode import DecodeState
+from dsv3_jax.generation.generator import decode_run
 from dsv3_jax.generation.prefill import prefill, prefill_chunk
 from dsv3_jax.generation.sampling import make_sampler
 from dsv3_jax.generation.weights import Weights, prepare
@@ -69,7 +70,7 @@ def check(config: ModelConfig) -> dict[str, float]:
     out = jax.jit(lambda v, t: Transformer(config).apply(v, t))(variables, text)
     expected = np.asarray(jnp.matmul(out.hidden[0], out.head, precision="highest"))
     weights = jax.jit(prepare, static_argnums=(1, 2))(variables, config, jnp.dtype(jnp.bfloat16))
-    step = jax.jit(forward.decode, static_argnames="config", compiler_options=linear.AS_WRITTEN)
+    step = jax.jit(forward.decode, static_argnames="config", compiler_options=programs.AS_WRITTEN)
     top = jax.jit(forward.head)
 
     def error(found: Any, at: slice) -> float:
@@ -182,14 +183,8 @@ def profile(call: Any, steps: int) -> list[dict[str, Any]]:
 
 
 def compiled(config: ModelConfig, weights: Weights, state: DecodeState, options: Any = None) -> Any:
-    run = jax.jit(
-        decode.run,
-        static_argnames=("config", "room"),
-        donate_argnames="state",
-        compiler_options=linear.AS_WRITTEN,
-    )
     with implementations.one_device():
-        return run.lower(weights, state, config, NEW).compile(compiler_options=options)
+        return decode_run.of(config).lower(weights, state, config, NEW).compile(compiler_options=options)
 
 
 def measure(
@@ -218,7 +213,8 @@ def prefill_inputs(config: ModelConfig, batch: int) -> tuple[Any, ...]:
 def compiled_prefill(config: ModelConfig, weights: Weights, batch: int, options: Any = None) -> Any:
     inputs = jax.eval_shape(lambda: prefill_inputs(config, batch))
     with implementations.one_device():
-        return prefill_chunk.lower(weights, *inputs, config, CHUNK, 0).compile(compiler_options=options)
+        lowered = prefill_chunk.of(config).lower(weights, *inputs, config, CHUNK, 0)
+        return lowered.compile(compiler_options=options)
 
 
 def prefill_seconds(program: Any, weights: Weights, config: ModelConfig, batch: int, rounds: int) -> float:

@@ -32,9 +32,10 @@ import numpy as np
 
 from dsv3_jax.config import Config, ModelConfig
 from dsv3_jax.data import Loader, Tokenizer, load_tokenizer
-from dsv3_jax.generation import Generator, SamplingParams, folders, forward, linear
+from dsv3_jax.generation import Generator, SamplingParams, folders, forward
 from dsv3_jax.generation.cache import init_cache
 from dsv3_jax.generation.prefill import prefill
+from dsv3_jax.generation.programs import FEW_ROWS, Program
 from dsv3_jax.generation.weights import kernels_for
 from dsv3_jax.model import Transformer
 from dsv3_jax.parallel.mesh import make_mesh
@@ -132,12 +133,12 @@ def _forward(variables, tokens, config):
     return jnp.matmul(out.hidden[0], out.head, precision="highest")
 
 
-@functools.partial(
-    jax.jit, static_argnames="config", donate_argnames="cache", compiler_options=linear.AS_WRITTEN
-)
-def _decode(weights, cache, tokens, config):
+def _logits(weights, cache, tokens, config):
     _, logits, cache = forward.decode(weights, cache, tokens, jnp.ones(1, bool), config)
     return logits[0], dataclasses.replace(cache, lengths=cache.lengths + tokens.shape[1])
+
+
+decode_logits = Program(_logits, FEW_ROWS, donate="cache")
 
 
 def logits_of(model: ModelConfig, variables: Any, way: Generator, text: list[int], read: int) -> dict:
@@ -163,7 +164,7 @@ def logits_of(model: ModelConfig, variables: Any, way: Generator, text: list[int
         cache, _ = prefill(way.weights, cache, tokens[:, :start], lengths, model, chunk=way.chunk, drafts=0)
         for at in range(start, len(text) - width + 1, width):
             with kernels_for(way.weights):
-                logits, cache = _decode(way.weights, cache, tokens[:, at : at + width], model)
+                logits, cache = decode_logits.of(model)(way.weights, cache, tokens[:, at : at + width], model)
             for i, name in enumerate(names[:1] if width == 1 else names[1:]):
                 found[name][at + i - read] = logits[i]
     return found

@@ -14,11 +14,12 @@ import numpy as np
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.data.tokenizers import Tokenizer
-from dsv3_jax.generation import decode, linear
+from dsv3_jax.generation import decode
 from dsv3_jax.generation.cache import DTYPES, LatentCache, init_cache
 from dsv3_jax.generation.decode import DecodeState, Emitted
 from dsv3_jax.generation.kernel_check import check_kernels
 from dsv3_jax.generation.prefill import prefill
+from dsv3_jax.generation.programs import FEW_ROWS, Program
 from dsv3_jax.generation.request_checks import check_drafts, check_finite, check_prompt, needs_filters
 from dsv3_jax.generation.results import Completion, Statistics
 from dsv3_jax.generation.sampling import RequestError, SamplingParams, make_sampler
@@ -40,21 +41,8 @@ def _first(weights, state, hidden, config):
     return decode.first_tokens(weights, state, hidden)
 
 
-@functools.partial(
-    jax.jit, static_argnames=("config",), donate_argnames=("state",), compiler_options=linear.AS_WRITTEN
-)
-def decode_step(weights, state, config):
-    return decode.step(weights, state, config)
-
-
-@functools.partial(
-    jax.jit,
-    static_argnames=("config", "room"),
-    donate_argnames=("state",),
-    compiler_options=linear.AS_WRITTEN,
-)
-def _run(weights, state, config, room):
-    return decode.run(weights, state, config, room)
+decode_step = Program(decode.step, FEW_ROWS, donate="state")
+decode_run = Program(decode.run, FEW_ROWS, static=("room",), donate="state")
 
 
 class Generator:
@@ -165,7 +153,7 @@ class Generator:
         state, emitted = self._start(encoded, requests)
         started = time.perf_counter()
         with kernels_for(self.weights):
-            _, texts = _run(self.weights, state, self.config, room)
+            _, texts = decode_run.of(self.config)(self.weights, state, self.config, room)
         found = jax.device_get((emitted, texts))
         return *found, time.perf_counter() - started
 
@@ -187,7 +175,7 @@ class Generator:
         while open_rows:
             # The device is at the next step while the host looks at this one.
             with kernels_for(self.weights):
-                state, coming = decode_step(self.weights, state, self.config)
+                state, coming = decode_step.of(self.config)(self.weights, state, self.config)
             if first:  # What has passed is compilation.
                 started = time.perf_counter()
             now = jax.device_get(emitted)

@@ -18,14 +18,6 @@ from dsv3_jax.config import ModelConfig
 from pallas_kernels import implementations
 from pallas_kernels.gather_matvec import gather_matvec, mosaic_gpu
 
-# For programs of generation. Roundings are where they are written: else the compiler leaves some out where it
-# fuses, and a step of two tokens may not be fused as one of one is. On a GPU the library chooses a product's
-# kernel by its shape, not the compiler by timing several, which another process may find otherwise.
-AS_WRITTEN = {
-    "xla_allow_excess_precision": False,
-    "xla_gpu_autotune_level": 0,
-    "xla_gpu_enable_triton_gemm": False,
-}
 # Products of up to so many rows, or sequences, are bound by reading the matrix: the tensor cores do not help.
 FEW = 4
 

@@ -1,30 +1,23 @@
 """Prompts into the cache: chunk by chunk, in a few shapes."""
 
-import functools
 from collections.abc import Iterator
 from dataclasses import replace
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.generation import forward, linear
+from dsv3_jax.generation import forward
 from dsv3_jax.generation.cache import LatentCache
+from dsv3_jax.generation.programs import MANY_ROWS, Program
 from dsv3_jax.generation.speculation import window
 from dsv3_jax.generation.weights import Weights, kernels_for
 
 SMALLEST_CHUNK = 16
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("config", "block", "drafts"),
-    donate_argnames=("cache",),
-    compiler_options=linear.AS_WRITTEN,
-)
-def prefill_chunk(
+def _prefill_chunk(
     weights: Weights,
     cache: LatentCache,
     kept: Float[Array, "batch window d"],
@@ -44,6 +37,9 @@ def prefill_chunk(
     index = jnp.clip(wanted, 0, hidden.shape[1] - 1)
     found = jnp.take_along_axis(hidden, index[..., None], axis=1)
     return cache, jnp.where(here[..., None], found, kept)
+
+
+prefill_chunk = Program(_prefill_chunk, MANY_ROWS, static=("block", "drafts"), donate="cache")
 
 
 def chunks(longest: int, chunk: int) -> Iterator[tuple[int, int]]:
@@ -73,7 +69,7 @@ def prefill(
         ahead = prompts[:, start : start + size + drafts]
         piece[:, : ahead.shape[1]] = ahead
         with kernels_for(weights):
-            cache, kept = prefill_chunk(
+            cache, kept = prefill_chunk.of(config)(
                 weights, cache, kept, piece, np.int32(start), lengths, config, chunk, drafts
             )
     return replace(cache, lengths=jnp.asarray(lengths)), kept

@@ -100,7 +100,8 @@ class Slots:
         tokens[0, : len(ahead)] = ahead
         operands = self.weights, view, joining.kept, tokens, np.int32(start), lengths
         with kernels_for(self.weights):
-            view, joining.kept = prefill_chunk(*operands, self.config, self.limits.chunk, self.drafts)
+            read = prefill_chunk.of(self.config)
+            view, joining.kept = read(*operands, self.config, self.limits.chunk, self.drafts)
         assert view.page_table is not None
         joining.table = view.page_table  # The whole view was donated.
         self._state = replace(self._state, cache=replace(cache, layers=view.layers))
@@ -149,7 +150,7 @@ class Slots:
         none_seen = self._state.seen
         state = replace(self._state, seen=seen, greedy=greedy)
         with kernels_for(self.weights):
-            state, emitted = decode_step(self.weights, state, self.config)
+            state, emitted = decode_step.of(self.config)(self.weights, state, self.config)
         if filters:
             self._seen = state.seen
             state = replace(state, seen=none_seen)

@@ -4,7 +4,6 @@ Greedy speculation then writes the text of plain decoding, in bf16 too, whatever
 """
 
 import dataclasses
-import functools
 import json
 import os
 import pathlib
@@ -18,9 +17,10 @@ import pytest
 
 from configs import proxy_300m, small_gpu
 from dsv3_jax.config_checks import typed
-from dsv3_jax.generation import Generator, SamplingParams, forward, linear
+from dsv3_jax.generation import Generator, SamplingParams, forward
 from dsv3_jax.generation.cache import init_cache
 from dsv3_jax.generation.prefill import prefill
+from dsv3_jax.generation.programs import FEW_ROWS, Program
 from dsv3_jax.generation.weights import kernels_for, prepare
 from dsv3_jax.model import Transformer
 from dsv3_jax.model.transformer import init_variables
@@ -61,10 +61,11 @@ def test_logits_do_not_depend_on_how_many_tokens_come_together(name, depth, head
     weights = jax.jit(prepare, static_argnums=(1, 2))(variables_of(config), config, jnp.dtype(jnp.bfloat16))
     text = np.random.default_rng(0).integers(0, config.vocab_size, (batch, PROMPT + NEW)).astype(np.int32)
 
-    @functools.partial(jax.jit, compiler_options=linear.AS_WRITTEN)
-    def step(weights, cache, tokens):
+    def decode(weights, cache, tokens, config):
         _, logits, cache = forward.decode(weights, cache, tokens, jnp.ones(batch, bool), config)
         return logits, dataclasses.replace(cache, lengths=cache.lengths + tokens.shape[1])
+
+    step = Program(decode, FEW_ROWS, donate="cache").of(config)
 
     def logits(width):
         cache = init_cache(config, batch, CAPACITY, cache_dtype)
@@ -73,7 +74,7 @@ def test_logits_do_not_depend_on_how_many_tokens_come_together(name, depth, head
         found = []
         for at in range(PROMPT, PROMPT + NEW, width):
             with kernels_for(weights):
-                new, cache = step(weights, cache, text[:, at : at + width])
+                new, cache = step(weights, cache, text[:, at : at + width], config)
             found.append(np.asarray(new))
         return np.concatenate(found, 1)
 

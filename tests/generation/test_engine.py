@@ -72,7 +72,9 @@ def expected(found):
 @pytest.mark.parametrize("drafts", [0, 1])
 def test_requests_that_join_and_leave(drafts):
     server = engine(drafts)
-    compiled = [f._cache_size() for f in (prefill_chunk, decode_step, take_slot)]
+    config = CONFIGS["small"]
+    programs = prefill_chunk.of(config), decode_step.of(config), take_slot
+    compiled = [f._cache_size() for f in programs]
     # With drafts, sampled texts have the same distribution and not the same tokens.
     found = requests(12, seed=1, sampled=not drafts)
     answers, most = [], 0
@@ -83,7 +85,7 @@ def test_requests_that_join_and_leave(drafts):
             server.step()
             most = max(most, server.running)
     server.run_until_idle()
-    assert compiled == [f._cache_size() for f in (prefill_chunk, decode_step, take_slot)]
+    assert compiled == [f._cache_size() for f in programs]
     assert [answer.tokens for answer in answers] == expected(found)
     assert {answer.reason for answer in answers} == {"length"}
     assert most == 3 and server.running == 0 and server.pages.free == LIMITS.pages

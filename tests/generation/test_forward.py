@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax.generation import forward, linear
+from dsv3_jax.generation import forward, linear, programs
 from dsv3_jax.generation.cache import init_cache
 from dsv3_jax.generation.experts import moe
 from dsv3_jax.generation.prefill import prefill
@@ -138,7 +138,7 @@ def test_a_token_finds_the_same_however_many_come_together_in_bf16(name):
     width, read = config.mtp.depth + 1, weights(name, jnp.bfloat16)
     start = init_cache(config, 3, 40, "bf16")
     start, _ = prefill(read, start, prompts, LENGTHS, config, chunk=16, drafts=0)
-    step = jax.jit(forward.decode, static_argnames="config", compiler_options=linear.AS_WRITTEN)
+    step = jax.jit(forward.decode, static_argnames="config", compiler_options=programs.AS_WRITTEN)
 
     def logits(size):
         cache, found = start, []
