@@ -1,6 +1,5 @@
 """`Generator`: prompts in, tokens or text out, at once or as they come."""
 
-import functools
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -35,12 +34,12 @@ CAPACITY_STEP = 256  # Capacities are multiples of it, so that few programs are 
 PART, SMALL = 4, 128 << 20  # At 229 MiB parts were no faster, nor slower.
 
 
-@functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("state",))
 def _first(weights, state, hidden, config):
-    del config
+    del config  # By which the program is chosen.
     return decode.first_tokens(weights, state, hidden)
 
 
+first_tokens = Program(_first, FEW_ROWS, donate="state")
 decode_step = Program(decode.step, FEW_ROWS, donate="state")
 decode_run = Program(decode.run, FEW_ROWS, static=("room",), donate="state")
 
@@ -251,7 +250,7 @@ class Generator:
             greedy=all(request.temperature == 0 for request in requests),
         )
         with kernels_for(self.weights):
-            return _first(self.weights, state, hidden[:, -1], self.config)
+            return first_tokens.of(self.config)(self.weights, state, hidden[:, -1], self.config)
 
     def _cache(self, batch: int, capacity: int) -> LatentCache:
         cache = init_cache(
