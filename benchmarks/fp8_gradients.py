@@ -77,10 +77,8 @@ def main() -> None:
         mine, loss = found(parse(fp8_loss.VARIANTS[name]), mesh, state, inputs)
         rows[name] = {"loss": loss} | beside(mine, exact)
         rows[name]["leaves"] = {leaf: beside({leaf: mine[leaf]}, {leaf: exact[leaf]}) for leaf in exact}
-        print(
-            f"{name}: loss {loss:.5f} ({rows['fp32']['loss']:.5f}), error {rows[name]['error']:.4f},", end=" "
-        )
-        print(f"along {rows[name]['along']:.4f}", flush=True)
+        error, along = rows[name]["error"], rows[name]["along"]
+        print(f"{name}: loss {loss:.5f}, error {error:.4f}, along {along:.4f}", flush=True)
     if arguments.leaves:
         for leaf in exact:
             errors = (f"{row['leaves'][leaf]['error']:8.4f}" for row in rows.values() if "leaves" in row)

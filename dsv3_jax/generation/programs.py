@@ -12,14 +12,15 @@ from dsv3_jax.config import ModelConfig
 # tokens may not be fused as one of one is.
 AS_WRITTEN = {"xla_allow_excess_precision": False}
 # On a GPU, where a model can draft: the kernel of a product is chosen by its shape, not by timing several,
-# which another process may find otherwise. Decoding takes the compiler's kernel, which reads its default
-# tiles; those can be a misfit where rows are many, so reading prompts takes the library's.
+# which another process may find otherwise. Decoding takes the compiler's own kernels, in their default tiles:
+# the library's were slower. For one number of prompts those tiles were seven times slower, so reading prompts
+# takes the library's (`docs/generation.md`).
 FEW_ROWS = {"xla_gpu_autotune_level": 0}
 MANY_ROWS = FEW_ROWS | {"xla_gpu_enable_triton_gemm": False}
 
 
 class Program:
-    """A function compiled for models that can draft, and for those that cannot and need not agree.
+    """A function compiled in one way for models that can draft, in another for those that cannot.
 
     Args:
       f: the function. One of its arguments is `config`, the model, which is static.

@@ -133,6 +133,8 @@ def test_another_process_writes_the_same_text():
         )
         for drafts in (0, 1)
     ]
-    plain, speculative = (json.loads(process.communicate()[0].splitlines()[-1]) for process in processes)
+    outputs = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    plain, speculative = (json.loads(output.splitlines()[-1]) for output in outputs)
     assert len(plain[0]) == 20 and {len(text) for text in plain[0]} == {NEW}
     assert speculative == plain
