@@ -7,6 +7,8 @@ profile two steps:
 
     device                     everything in device memory
     moments                    the optimizer's moments in host memory
+    moments, experts'          those of the routed experts, 89%, in host memory
+    moments, gate and up       those of the experts' first matrices, 59%
     average on the device      a moving average of the parameters, in device memory
     average                    the same in host memory
     both                       moments and average in host memory
@@ -52,6 +54,8 @@ SPREAD = [WHOLE, "--config.mesh.expert=2", "--config.mesh.sharding=zero1"]
 # Of four GPUs those that it runs on, and overrides of the configuration.
 CASES: dict[str, tuple[tuple[int, ...], list[str]]] = {
     "moments": ((0,), ["--config.optimizer.memory=host"]),
+    "moments, experts'": ((0,), ["--config.optimizer.memory=host", "--config.optimizer.host_share=0.88"]),
+    "moments, gate and up": ((0,), ["--config.optimizer.memory=host", "--config.optimizer.host_share=0.59"]),
     "average": ((0,), [AVERAGE, "--config.train.ema_memory=host"]),
     "both": ((0,), BOTH),
     "both, CUDA graphs": ((0,), BOTH),

@@ -126,6 +126,7 @@ class OptimizerConfig:
     clip_norm: float = 1.0  # Global gradient norm; 0 turns clipping off.
     moment_dtype: str = "float32"  # Or "bfloat16" (V3 §3.3.2).
     memory: str = "device"  # Where the moments are kept; or "host".
+    host_share: float = 1.0  # With memory "host": at least this share of them is there, largest arrays first.
     schedule: str = "cosine"  # "constant", "cosine", "multi_step", "v2" or "v3".
     warmup_steps: int = 100
     final_ratio: float = 0.1  # "cosine" and "v3": the floor of the cosine over the peak.

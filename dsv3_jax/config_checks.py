@@ -241,6 +241,11 @@ def _check_training(report: _Report, config: Config) -> None:
     report.require(start % micro == 0 and start <= train.batch_size, "train.ramp_start_batch", fix)
     report.require(not start or train.ramp_until > 0, "train.ramp_until", "above 0 when a ramp is asked for")
 
+    share = optimizer.host_share
+    report.require(0 < share <= 1, "optimizer.host_share", "is a share of the moments, above 0 to 1")
+    fix = "all moments are in device memory: leave it 1.0, or set optimizer.memory to 'host'"
+    report.require(share == 1 or optimizer.memory == "host", "optimizer.host_share", fix)
+
     stones = optimizer.milestones
     ordered = list(stones) == sorted(set(stones)) and all(0 < stone <= 1 for stone in stones)
     report.require(ordered, "optimizer.milestones", "fractions of the token budget, rising, above 0 to 1")

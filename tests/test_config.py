@@ -71,6 +71,14 @@ BAD = {
             "model.moe.implementation = 'fast': choose one of auto, ",
         ],
     ),
+    "a share of nothing in host memory": (
+        ["optimizer.host_share=0.5"],
+        ["optimizer.host_share = 0.5: all moments are in device memory: leave it 1.0, or set "],
+    ),
+    "no share in host memory": (
+        ["optimizer.memory=host", "optimizer.host_share=0"],
+        ["optimizer.host_share = 0.0: is a share of the moments, above 0 to 1"],
+    ),
     "mesh larger than the devices": (
         ["mesh.data=4", "mesh.expert=4"],
         ["mesh.expert = 4: data=4 x expert=4 does not fit 8 devices; nearest that fit: data="],

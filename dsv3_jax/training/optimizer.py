@@ -4,9 +4,13 @@ The arithmetic is that of `optax.adamw` and the state is optax's. One function u
 and parameter together, so that every output can overwrite its input, and a step that is not finite is
 undone inside it. Selecting old or new state around a chain of optax transformations costs XLA:CPU a copy
 of the moments and half the speed; on an H200 both take the same memory and time. Moments in host memory
-visit the device in blocks (`training.visits`).
+visit the device in blocks (`training.visits`), between the backward pass and the next step: they need the
+norm of all gradients. Fetching them earlier takes as much memory as keeping them, so a share may stay
+(`OptimizerConfig.host_share`), as in the Twin-Flow of ZeRO-Offload++.
 """
 
+import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -49,6 +53,23 @@ def decay_mask(params: Params, decay_embeddings: bool) -> Params:
         return names[-1] not in exempt
 
     return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def in_host_memory(params: Params, config: OptimizerConfig) -> Params:
+    """A tree of bools: whose moments are in host memory, given parameters or their shapes.
+
+    The largest arrays', at least `host_share` of all. Small ones stay: outside a loop over layers they
+    would come in whole and only then leave.
+    """
+    leaves, tree = jax.tree.flatten(params)
+    if config.memory != "host":
+        return tree.unflatten([False] * len(leaves))
+    sizes = [math.prod(leaf.shape) for leaf in leaves]
+    ascending = sorted(range(len(sizes)), key=sizes.__getitem__)
+    room = (1 - config.host_share) * sum(sizes)
+    kept = sum(total <= room for total in itertools.accumulate(sizes[k] for k in ascending))
+    away = set(ascending[kept:])
+    return tree.unflatten([k in away for k in range(len(sizes))])
 
 
 def norm_and_clip_scale(grads: Params, clip_norm: float) -> tuple[Float[Array, ""], Float[Array, ""]]:
@@ -104,11 +125,11 @@ def adamw_update(
         mask = decay_mask(params, config.decay_embeddings)
         paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
         rows = list(zip(*map(jax.tree.leaves, (params, grads, state.mu, state.nu, mask)), strict=True))
-        if config.memory == "host":
-            layers = [len(row[0]) if _stacked(path) else 1 for path, row in zip(paths, rows, strict=True)]
-            updated = _visiting(lambda g, mu: first(g, mu).astype(dtype), leaf, rows, layers)
-        else:
-            updated = [leaf(*row) for row in rows]
+        layers = [len(row[0]) if _stacked(path) else 1 for path, row in zip(paths, rows, strict=True)]
+        away = jax.tree.leaves(in_host_memory(params, config))
+        guests = [(row, n) for row, n, there in zip(rows, layers, away, strict=True) if there]
+        visited = iter(_visiting(lambda g, mu: first(g, mu).astype(dtype), leaf, guests))
+        updated = [next(visited) if there else leaf(*row) for row, there in zip(rows, away, strict=True)]
         params, mu, nu = map(jax.tree.structure(params).unflatten, zip(*updated, strict=True))
     count = jnp.where(finite, count, state.count)
     return params, optax.ScaleByAdamState(count=count, mu=mu, nu=nu)
@@ -122,16 +143,15 @@ def _stacked(path: tuple[Any, ...]) -> bool:
 def _visiting(
     first: Callable[[Array, Array], Array],
     leaf: Callable[..., tuple[Array, Array, Array]],
-    rows: list[tuple[Any, ...]],
-    layers: list[int],
+    guests: list[tuple[tuple[Any, ...], int]],
 ) -> list[tuple[Array, Array, Array]]:
-    """`leaf` of every row (p, g, mu, nu, decays) whose moments are in host memory and stay there.
+    """`leaf` of rows (p, g, mu, nu, decays), each with its layers, whose moments stay in host memory.
 
     Stacked ones visit layer by layer, so that the device has room for few of them. The first moment needs the
     gradient alone (`first`): while it leaves, the second arrives.
     """
     updated: dict[int, tuple[Array, Array, Array]] = {}
-    on_mesh = current_mesh() is not None
+    rows, layers, on_mesh = [row for row, _ in guests], [n for _, n in guests], current_mesh() is not None
     for count in sorted(set(layers)):
         chosen = [number for number, n in enumerate(layers) if n == count]
         chosen.sort(key=lambda number: -rows[number][0].size)

@@ -54,9 +54,12 @@ def abstract_state(config: Config, mesh: Mesh) -> TrainState:
         optimizer=optax.ScaleByAdamState(count=scalar, mu=moments, nu=moments),
     )
     layout = over_pipe(layout, shapes, mesh)
-    if config.optimizer.memory == "host":
-        moments = jax.tree.map(lambda sharding: sharding.with_memory_kind(HOST), layout.optimizer.mu)
-        layout = layout._replace(optimizer=layout.optimizer._replace(mu=moments, nu=moments))
+    moments = jax.tree.map(
+        lambda sharding, away: sharding.with_memory_kind(HOST) if away else sharding,
+        layout.optimizer.mu,
+        optimizer.in_host_memory(shapes.params, config.optimizer),
+    )
+    layout = layout._replace(optimizer=layout.optimizer._replace(mu=moments, nu=moments))
     return jax.tree.map(
         lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
         shapes,

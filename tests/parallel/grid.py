@@ -75,13 +75,14 @@ class Case(NamedTuple):
 
     @property
     def config(self):
-        """Moments are in host memory where all is split and nothing accumulated."""
+        """Moments (of replicas the larger ones) are in host memory where all is split, nothing summed."""
         batch, seq, _ = self.size
         memory = "host" if self.sharding == "fsdp" and self.micro == 1 else "device"
+        share = 0.7 if memory == "host" and self.data > 1 else 1.0
         return Config(
             model=self.size.model,
             # An eps near the gradients' size, so that a rounding does not become a whole step.
-            optimizer=OptimizerConfig(eps=0.01, clip_norm=0.5, memory=memory),
+            optimizer=OptimizerConfig(eps=0.01, clip_norm=0.5, memory=memory, host_share=share),
             train=TrainConfig(
                 precision=self.precision,
                 remat="v3",

@@ -48,15 +48,30 @@ def random(seed):
     return tree.unflatten([rng.standard_normal(shape).astype(np.float32) for shape in shapes])
 
 
-@pytest.mark.parametrize("block_bytes", [visits.BLOCK_BYTES, 32])
-def test_moments_and_average_are_the_same_in_host_memory(monkeypatch, block_bytes):
+@pytest.mark.parametrize("share", [1.0, 0.8, 0.5])
+def test_the_largest_arrays_leave_until_the_share_is_there(share):
+    config = OptimizerConfig(memory="host", host_share=share)
+    # 120 + 18 + 12 + 36 + 4 = 190 numbers: 120 are 63% of them, with 36 more 82%.
+    away = {1.0: {120, 36, 18, 12, 4}, 0.8: {120, 36}, 0.5: {120}}[share]
+    params = random(0)
+    there = optimizer.in_host_memory(params, config)
+    found = zip(jax.tree.leaves(params), jax.tree.leaves(there), strict=True)
+    assert {x.size for x, is_there in found if is_there} == away
+    assert not any(jax.tree.leaves(optimizer.in_host_memory(params, OptimizerConfig())))
+
+
+@pytest.mark.parametrize(("block_bytes", "share"), [(visits.BLOCK_BYTES, 1.0), (32, 1.0), (32, 0.8)])
+def test_moments_and_average_are_the_same_in_host_memory(monkeypatch, block_bytes, share):
     monkeypatch.setattr(visits, "BLOCK_BYTES", block_bytes)
 
     def run(memory, place):
-        config = dataclasses.replace(OptimizerConfig(moment_dtype="bfloat16"), memory=memory)
+        settings = OptimizerConfig(moment_dtype="bfloat16", host_share=share)
+        config = dataclasses.replace(settings, memory=memory)
         params = jax.device_put(random(0), DEVICE)
         moments = optimizer.init(params, config)
-        layout = jax.tree.map(lambda _: place, moments)._replace(count=DEVICE)
+        away = optimizer.in_host_memory(params, config)
+        places = jax.tree.map(lambda there: place if there else DEVICE, away)
+        layout = moments._replace(count=DEVICE, mu=places, nu=places)
         params_layout = jax.tree.map(lambda _: DEVICE, params)
         ema_layout = ema.shardings(params_layout, memory)
 
@@ -69,9 +84,9 @@ def test_moments_and_average_are_the_same_in_host_memory(monkeypatch, block_byte
         for i in range(3):
             params, moments = step(params, moments, random(i + 1), i != 1)
             average = mix(average, params, jax.numpy.asarray(i != 1))
-        assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves((moments.mu, average))} == {
-            place.memory_kind
-        }
+        for found in (moments.mu, moments.nu):
+            assert jax.tree.map(lambda x: x.sharding, found) == places
+        assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(average)} == {place.memory_kind}
         return jax.device_get((params, moments, average))
 
     ours, plain = run("host", HOST), run("device", DEVICE)
