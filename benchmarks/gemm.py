@@ -37,6 +37,9 @@ TILINGS = {
     **{f"one wave, overlap {n}": dataclasses.replace(_WAVE, overlap=n) for n in (2, 3, 4)},
     "one wave, overlap 4, paired": dataclasses.replace(_WAVE, overlap=4, pair=True),
 }
+WGRAD_TILINGS = {f"{n} columns": Tiling(waves=1, n=n, stages=4, buffers=2) for n in (128, 160, 176, 192)} | {
+    "176 columns, 5 stages": Tiling(waves=1, n=176, stages=5)
+}
 
 
 def to_torch(x: jax.Array) -> torch.Tensor:
@@ -82,7 +85,8 @@ def rivals(shape: Shape, tune: bool) -> tuple[dict, torch.Tensor]:
     if shape.wgrad:
         ours32 = jax.jit(functools.partial(fp8_matmul, out_dtype=jnp.float32))
         calls["ours fp32"] = lambda: ours32(qa, qb)
-    for name, tiling in TILINGS.items() if tune else ():
+    tilings = TILINGS | (WGRAD_TILINGS if shape.wgrad else {})
+    for name, tiling in tilings.items() if tune else ():
         tiled = jax.jit(functools.partial(mosaic_gpu.matmul, out_dtype=jnp.bfloat16, tiling=tiling))
         calls[name] = functools.partial(tiled, qa, qb)
     return calls, dequantized(qa) @ dequantized(qb).t()

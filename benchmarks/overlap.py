@@ -227,10 +227,12 @@ def unequal_updates(mesh, config) -> dict:
     start, gradients = random(), [random() for _ in range(3)]
     here = replicated(mesh)
 
-    def updated(memory, kind):
+    def updated(memory):
         settings = dataclasses.replace(config.optimizer, memory=memory)
         moments = optimizer.init(start, settings)
-        place = jax.tree.map(lambda _: here.with_memory_kind(kind), moments)._replace(count=here)
+        away = optimizer.in_host_memory(start, settings)
+        place = jax.tree.map(lambda away: here.with_memory_kind("pinned_host") if away else here, away)
+        place = moments._replace(count=here, mu=place, nu=place)
         layout = jax.tree.map(lambda _: here, start), place
 
         def update(params, moments, grads):
@@ -242,7 +244,7 @@ def unequal_updates(mesh, config) -> dict:
             state = call(*state, grads)
         return jax.tree.leaves(jax.device_get(jax.device_put(state, here)))
 
-    results = updated("device", "device"), updated("host", "pinned_host")
+    results = updated("device"), updated("host")
     pairs = [(np.float32(x), np.float32(y)) for x, y in zip(*results, strict=True)]
     return {
         "elements": sum(x.size for x, _ in pairs),

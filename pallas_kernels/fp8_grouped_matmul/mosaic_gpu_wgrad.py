@@ -22,6 +22,18 @@ from pallas_kernels.grouped_matmul.hopper import ROW_BYTES, WARPGROUP_ROWS, swiz
 from pallas_kernels.grouped_matmul.mosaic_gpu import FETCH_REGISTERS, FETCHER, MULTIPLY_REGISTERS
 
 TILING = Tiling(waves=1, stages=5, buffers=2)
+WIDE = Tiling(waves=1, n=176, stages=4, buffers=2)
+SCALES = 32  # A copy takes a multiple of 128 bytes.
+
+
+def tiling_for(m: int, n: int) -> Tiling:
+    """The tiling whose rounds over all multiprocessors are shorter for `[m, n]`: the last may be half empty."""
+
+    def rounds(tiling):
+        tiles = -(-m // tiling.rows) * -(-n // tiling.n)
+        return -(-tiles // bf16.multiprocessors()) * tiling.n
+
+    return min(TILING, WIDE, key=rounds)
 
 
 def wgrad(
@@ -49,7 +61,8 @@ def dense(lhs, rhs, *, out_dtype, promote: bool = True, tiling: Tiling | None = 
         lhs, rhs = (type(x)(jnp.pad(x.values, pad), x.scales) for x in (lhs, rhs))
     table = jnp.asarray(np.array([[0, 0, -(-depth // SCALED), 0]], np.int32))
     into = None if accumulate is None else accumulate[None]
-    return _product(table, lhs, rhs, into, jnp.dtype(out_dtype), tiling or TILING, promote)[0]
+    tiling = tiling or (TILING if into is not None else tiling_for(lhs.values.shape[0], rhs.values.shape[0]))
+    return _product(table, lhs, rhs, into, jnp.dtype(out_dtype), tiling, promote)[0]
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5, 6))
@@ -77,7 +90,7 @@ def _product(table, lhs, rhs, into, out_dtype, tiling: Tiling, promote: bool):
             left_smem=plgpu.SMEM((tiling.stages, tiling.rows, STEP), lhs[0].dtype, transforms=operand),
             right_smem=plgpu.SMEM((tiling.stages, tiling.n, STEP), rhs[0].dtype, transforms=operand),
             left_scale_smem=plgpu.SMEM((tiling.stages, tiling.rows), jnp.float32),
-            right_scale_smem=plgpu.SMEM((tiling.stages, tiling.n), jnp.float32),
+            right_scale_smem=plgpu.SMEM((tiling.stages, tiling.n + -tiling.n % SCALES), jnp.float32),
             out_smem=plgpu.SMEM(
                 (2, tiling.buffers, WARPGROUP_ROWS, ROW_BYTES // out_dtype.itemsize),
                 out_dtype,
@@ -146,13 +159,14 @@ def _fetch(
             slot = lax.rem(step, jnp.int32(tiling.stages))
             plgpu.barrier_wait(free.at[slot])
             at, down, across = first + i, pl.ds(row, tiling.rows), pl.ds(column, tiling.n)
+            scaled = pl.ds(column, right_scale_smem.shape[1])
             along = pl.ds(at * STEP, STEP)
             together = dict(collective_axes="pair") if tiling.pair else {}
             ready = full.at[slot]
             plgpu.copy_gmem_to_smem(lhs.at[down, along], left_smem.at[slot], ready, **together)
             plgpu.copy_gmem_to_smem(rhs.at[across, along], right_smem.at[slot], ready)
             plgpu.copy_gmem_to_smem(lhs_scales.at[at, down], left_scale_smem.at[slot], ready)
-            plgpu.copy_gmem_to_smem(rhs_scales.at[at, across], right_scale_smem.at[slot], ready)
+            plgpu.copy_gmem_to_smem(rhs_scales.at[at, scaled], right_scale_smem.at[slot], ready)
             return step + 1
 
         return lax.fori_loop(0, steps, fetch, step)
@@ -189,6 +203,7 @@ def _multiply(
 def _in_turn(step, steps, first_row, refs, tiling):
     """The sums of a warpgroup's waves, one product after the other; the other warpgroup fills the gaps."""
     left_smem, right_smem, left_scale_smem, right_scale_smem, full, free = refs
+    own_columns = pl.ds(0, tiling.n)
 
     def one(_, carry):
         step, sums = carry
@@ -200,7 +215,7 @@ def _in_turn(step, steps, first_row, refs, tiling):
             by_row = plgpu.load(left_scale_smem.at[slot, rows], layout=hopper.PER_ROW)
             value = hopper.settle(hopper.multiply(left_smem.at[slot, rows], right_smem.at[slot]), 0)
             # After the product: before it, they take the registers that two waves lack.
-            by_column = plgpu.load(right_scale_smem.at[slot], layout=hopper.PER_COLUMN)
+            by_column = plgpu.load(right_scale_smem.at[slot, own_columns], layout=hopper.PER_COLUMN)
             if wave == tiling.waves - 1:
                 plgpu.barrier_arrive(free.at[slot])
             sums[wave] = hopper.promote(sums[wave], value, [by_row], by_column)
@@ -232,7 +247,7 @@ def _unpromoted(step, steps, first_row, refs, tiling):
 def _overlapping(step, steps, first_row, refs, tiling):
     """The sums of a warpgroup's one wave, a product under way while the one before it is added."""
     left_smem, right_smem, left_scale_smem, right_scale_smem, full, free = refs
-    own = pl.ds(first_row, WARPGROUP_ROWS)
+    own, own_columns = pl.ds(first_row, WARPGROUP_ROWS), pl.ds(0, tiling.n)
 
     def start(i):
         slot = lax.rem(step + i, jnp.int32(tiling.stages))
@@ -242,7 +257,7 @@ def _overlapping(step, steps, first_row, refs, tiling):
     def finish(i, started, sums):
         slot = lax.rem(step + i, jnp.int32(tiling.stages))
         by_row = plgpu.load(left_scale_smem.at[slot, own], layout=hopper.PER_ROW)
-        by_column = plgpu.load(right_scale_smem.at[slot], layout=hopper.PER_COLUMN)
+        by_column = plgpu.load(right_scale_smem.at[slot, own_columns], layout=hopper.PER_COLUMN)
         sums = hopper.promote(sums, started[0], [by_row], by_column)
         plgpu.barrier_arrive(free.at[slot])
         return sums

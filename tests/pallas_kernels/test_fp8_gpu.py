@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.fp8_grouped_matmul import fp8_grouped_matmul, fp8_grouped_wgrad
-from pallas_kernels.fp8_matmul import fp8_matmul
+from pallas_kernels.fp8_grouped_matmul import fp8_grouped_matmul, fp8_grouped_wgrad, mosaic_gpu_wgrad
+from pallas_kernels.fp8_matmul import fp8_matmul, mosaic_gpu
 from pallas_kernels.fp8_quantize import (
     Quantized,
     dequantize,
@@ -66,6 +66,19 @@ def test_dense(m, n, k, wgrad):
     got = run(a, b)
     _close(got, _float64(a), _float64(b))
     np.testing.assert_array_equal(got, run(a, b))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(("m", "n"), [(300, 176), (130, 400), (2816, 2048)])
+def test_wide_tiles_of_weight_gradients_are_those_of_narrow_ones(m, n, dtype):
+    """Tiles of another width, whose last columns are stored twice: the same sums, bit by bit."""
+    a, b = _rows(_normal(m, 640)), _rows(_normal(n, 640, seed=1))
+    _poison()
+    wide, narrow = (
+        mosaic_gpu.matmul(a, b, out_dtype=dtype, tiling=tiling)
+        for tiling in (mosaic_gpu_wgrad.WIDE, mosaic_gpu_wgrad.TILING)
+    )
+    np.testing.assert_array_equal(wide, narrow)
 
 
 @pytest.mark.parametrize("wgrad", [False, True])

@@ -10,6 +10,7 @@ import pytest
 from pallas_kernels import UnsupportedError, target_platform
 from pallas_kernels.fp8_grouped_matmul import fp8_grouped_matmul, fp8_grouped_wgrad
 from pallas_kernels.fp8_grouped_matmul.mosaic_gpu import Tiling
+from pallas_kernels.fp8_grouped_matmul.mosaic_gpu_wgrad import WIDE, tiling_for
 from pallas_kernels.fp8_matmul import fp8_matmul, mosaic_gpu
 from pallas_kernels.fp8_quantize import (
     Quantized,
@@ -232,6 +233,20 @@ def test_every_kind_of_tiling_lowers(options, by_block):
 
     with target_platform("gpu"):
         assert "mosaic_gpu" in jax.jit(product).trace(a, b).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@needs_mosaic_gpu
+@pytest.mark.parametrize("out_dtype", [jnp.bfloat16, jnp.float32])
+def test_weight_gradients_take_wide_tiles_where_those_fill_the_last_round(out_dtype):
+    # 132 multiprocessors. 2816 x 2048: 22 x 16 tiles of 128 columns are 3 rounds, 22 x 12 of 176 just 2.
+    # 7168 x 2048: 7 rounds and 6. 128 x 176: one each.
+    for m, n, wide in ((2816, 2048, True), (7168, 2048, False), (128, 176, False)):
+        assert (tiling_for(m, n) == WIDE) == wide
+    a, b = _struct((2816, 256), (2, 2816)), _struct((2048, 256), (2, 2048))
+    with target_platform("gpu"):
+        product = jax.jit(functools.partial(mosaic_gpu.matmul, out_dtype=jnp.dtype(out_dtype)))
+        text = product.trace(a, b).lower(lowering_platforms=("cuda",)).as_text()
+    assert "mosaic_gpu" in text
 
 
 def test_overlap_takes_one_wave():
