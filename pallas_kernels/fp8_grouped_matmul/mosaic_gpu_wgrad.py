@@ -27,7 +27,7 @@ SCALES = 32  # A copy takes a multiple of 128 bytes.
 
 
 def tiling_for(m: int, n: int) -> Tiling:
-    """The tiling whose rounds over all multiprocessors are shorter for `[m, n]`: the last may be half empty."""
+    """The tiling with the shorter rounds over all multiprocessors; the last round may be half empty."""
 
     def rounds(tiling):
         tiles = -(-m // tiling.rows) * -(-n // tiling.n)
