@@ -37,9 +37,7 @@ TILINGS = {
     **{f"one wave, overlap {n}": dataclasses.replace(_WAVE, overlap=n) for n in (2, 3, 4)},
     "one wave, overlap 4, paired": dataclasses.replace(_WAVE, overlap=4, pair=True),
 }
-WGRAD_TILINGS = {f"{n} columns": Tiling(waves=1, n=n, stages=4, buffers=2) for n in (128, 160, 176, 192)} | {
-    "176 columns, 5 stages": Tiling(waves=1, n=176, stages=5)
-}
+WGRAD_TILINGS = {f"{n} columns": Tiling(waves=1, n=n, stages=4, buffers=2) for n in (160, 176, 192)}
 
 
 def to_torch(x: jax.Array) -> torch.Tensor:

@@ -222,18 +222,16 @@ def _map(element, sums, product):
 def store(value, out, out_smem, row, column, *, wanted=True, add=False):
     """Stores a warpgroup's product at `row` and `column` of `out`, or adds it to what is there, if `wanted`.
 
-    The copy engine leaves out what lies past the last row and column. What is added must have whole blocks.
+    The copy engine leaves out what lies past the last row and column. It wants `column` to be a multiple of
+    the width of a block of `out_smem`.
     """
     buffers, _, width = out_smem.shape
-    columns = value.shape[1]
-    assert not add or columns % width == 0, "some columns would be added twice"
-    for i, first in enumerate(range(0, columns, width)):
-        first = min(first, columns - width)  # The last block may store again what the one before it did.
+    for i in range(value.shape[1] // width):
         block = out_smem.at[i % buffers]
         plgpu.wait_smem_to_gmem(buffers - 1, wait_read_only=True)
-        block[...] = value[:, first : first + width].astype(out.dtype)
+        block[...] = value[:, i * width : (i + 1) * width].astype(out.dtype)
         plgpu.commit_smem()
-        at = column + first
+        at = column + i * width
         target = out.at[pl.ds(row, WARPGROUP_ROWS), pl.ds(at, width)]
         # A whole block past the last row or column must not reach the next group.
         inside = (at < out.shape[1]) & (row < out.shape[0]) & wanted

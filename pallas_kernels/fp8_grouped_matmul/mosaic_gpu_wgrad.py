@@ -5,7 +5,9 @@ and every group starts at a multiple of 128 rows, filled up with zeros: so a ste
 one scale serves a feature for a whole step. The rest is built like the forward product.
 """
 
+import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +23,10 @@ from pallas_kernels.grouped_matmul import schedule
 from pallas_kernels.grouped_matmul.hopper import ROW_BYTES, WARPGROUP_ROWS, swizzled
 from pallas_kernels.grouped_matmul.mosaic_gpu import FETCH_REGISTERS, FETCHER, MULTIPLY_REGISTERS
 
-TILING = Tiling(waves=1, stages=5, buffers=2)
-WIDE = Tiling(waves=1, n=176, stages=4, buffers=2)
+GROUPED = Tiling(waves=1, stages=5, buffers=2)
+# Of one product: two steps overlapped, or as many columns as the registers hold without that.
+OVERLAPPED = dataclasses.replace(GROUPED, overlap=2)
+WIDE = tuple(Tiling(waves=1, n=n, stages=4, buffers=2) for n in (160, 176, 192))
 SCALES = 32  # A copy takes a multiple of 128 bytes.
 
 
@@ -33,7 +37,7 @@ def tiling_for(m: int, n: int) -> Tiling:
         tiles = -(-m // tiling.rows) * -(-n // tiling.n)
         return -(-tiles // bf16.multiprocessors()) * tiling.n
 
-    return min(TILING, WIDE, key=rounds)
+    return min(OVERLAPPED, *WIDE, key=rounds)
 
 
 def wgrad(
@@ -50,7 +54,7 @@ def wgrad(
     """
     blocks = -(-group_sizes // SCALED)
     table = schedule.groups_by_size(blocks)  # First step, and step after the last.
-    return _product(table, lhs, rhs, accumulate, jnp.dtype(out_dtype), tiling or TILING, promote)
+    return _product(table, lhs, rhs, accumulate, jnp.dtype(out_dtype), tiling or GROUPED, promote)
 
 
 def dense(lhs, rhs, *, out_dtype, promote: bool = True, tiling: Tiling | None = None, accumulate=None):
@@ -61,7 +65,7 @@ def dense(lhs, rhs, *, out_dtype, promote: bool = True, tiling: Tiling | None = 
         lhs, rhs = (type(x)(jnp.pad(x.values, pad), x.scales) for x in (lhs, rhs))
     table = jnp.asarray(np.array([[0, 0, -(-depth // SCALED), 0]], np.int32))
     into = None if accumulate is None else accumulate[None]
-    tiling = tiling or (TILING if into is not None else tiling_for(lhs.values.shape[0], rhs.values.shape[0]))
+    tiling = tiling or tiling_for(lhs.values.shape[0], rhs.values.shape[0])
     return _product(table, lhs, rhs, into, jnp.dtype(out_dtype), tiling, promote)[0]
 
 
@@ -69,7 +73,8 @@ def dense(lhs, rhs, *, out_dtype, promote: bool = True, tiling: Tiling | None = 
 def _product(table, lhs, rhs, into, out_dtype, tiling: Tiling, promote: bool):
     m, n = lhs.values.shape[0], rhs.values.shape[0]
     lhs, rhs = _padded(lhs), _padded(rhs)
-    operand, result = swizzled(lhs[0].dtype), swizzled(out_dtype)
+    store_columns = math.gcd(tiling.n, ROW_BYTES // out_dtype.itemsize)
+    operand, result = swizzled(lhs[0].dtype), swizzled(out_dtype, store_columns * out_dtype.itemsize)
     cluster = 2 if tiling.pair else 1
     free = (
         plgpu.ClusterBarrier(collective_axes=("pair",), num_arrivals=2, num_barriers=tiling.stages)
@@ -92,9 +97,7 @@ def _product(table, lhs, rhs, into, out_dtype, tiling: Tiling, promote: bool):
             left_scale_smem=plgpu.SMEM((tiling.stages, tiling.rows), jnp.float32),
             right_scale_smem=plgpu.SMEM((tiling.stages, tiling.n + -tiling.n % SCALES), jnp.float32),
             out_smem=plgpu.SMEM(
-                (2, tiling.buffers, WARPGROUP_ROWS, ROW_BYTES // out_dtype.itemsize),
-                out_dtype,
-                transforms=result,
+                (2, tiling.buffers, WARPGROUP_ROWS, store_columns), out_dtype, transforms=result
             ),
             full=plgpu.Barrier(num_arrivals=4, num_barriers=tiling.stages),
             free=free,

@@ -21,11 +21,11 @@ WARPGROUP_ROWS = 64  # Rows of a warpgroup's product.
 _SCALAR = plgpu.Layout.WG_SPLAT(())
 
 
-def swizzled(dtype) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:
+def swizzled(dtype, row_bytes: int = ROW_BYTES) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:
     """The shared-memory layout of every operand and result: tiles of 8 rows of 128 bytes, swizzled."""
-    columns = ROW_BYTES // jnp.dtype(dtype).itemsize
+    columns = row_bytes // jnp.dtype(dtype).itemsize
     tiles = plgpu.TilingTransform((8, columns))  # pyright: ignore[reportAbstractUsage]
-    return tiles, plgpu.SwizzleTransform(ROW_BYTES)  # pyright: ignore[reportAbstractUsage]
+    return tiles, plgpu.SwizzleTransform(row_bytes)  # pyright: ignore[reportAbstractUsage]
 
 
 def _i32(value: int):

@@ -1,5 +1,7 @@
 """The FP8 kernels for Hopper on a card: against float64, the reference, and hostile neighbours."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,16 +71,18 @@ def test_dense(m, n, k, wgrad):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize(("m", "n"), [(300, 176), (130, 400), (2816, 2048)])
-def test_wide_tiles_of_weight_gradients_are_those_of_narrow_ones(m, n, dtype):
-    """Tiles of another width, whose last columns are stored twice: the same sums, bit by bit."""
-    a, b = _rows(_normal(m, 640)), _rows(_normal(n, 640, seed=1))
-    _poison()
-    wide, narrow = (
-        mosaic_gpu.matmul(a, b, out_dtype=dtype, tiling=tiling)
-        for tiling in (mosaic_gpu_wgrad.WIDE, mosaic_gpu_wgrad.TILING)
-    )
-    np.testing.assert_array_equal(wide, narrow)
+@pytest.mark.parametrize("tiling", [mosaic_gpu_wgrad.OVERLAPPED, *mosaic_gpu_wgrad.WIDE], ids=lambda t: t.n)
+def test_weight_gradients_are_the_same_in_tiles_of_any_width(tiling, dtype):
+    shapes = (300, 176), (130, 400), (2816, 2048)
+    for m, n in shapes:
+        a, b = _rows(_normal(m, 640)), _rows(_normal(n, 640, seed=1))
+        run = functools.partial(mosaic_gpu.matmul, a, b, out_dtype=jnp.dtype(dtype))
+        narrow = run(tiling=mosaic_gpu_wgrad.GROUPED)
+        _poison()
+        np.testing.assert_array_equal(run(tiling=tiling), narrow)
+    total = jnp.ones((2816, 2048), jnp.float32)
+    if dtype == jnp.float32:
+        np.testing.assert_array_equal(run(tiling=tiling, accumulate=total), narrow + total)
 
 
 @pytest.mark.parametrize("wgrad", [False, True])

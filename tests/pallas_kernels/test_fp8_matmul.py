@@ -10,7 +10,7 @@ import pytest
 from pallas_kernels import UnsupportedError, target_platform
 from pallas_kernels.fp8_grouped_matmul import fp8_grouped_matmul, fp8_grouped_wgrad
 from pallas_kernels.fp8_grouped_matmul.mosaic_gpu import Tiling
-from pallas_kernels.fp8_grouped_matmul.mosaic_gpu_wgrad import WIDE, tiling_for
+from pallas_kernels.fp8_grouped_matmul.mosaic_gpu_wgrad import OVERLAPPED, tiling_for
 from pallas_kernels.fp8_matmul import fp8_matmul, mosaic_gpu
 from pallas_kernels.fp8_quantize import (
     Quantized,
@@ -239,9 +239,9 @@ def test_every_kind_of_tiling_lowers(options, by_block):
 @pytest.mark.parametrize("out_dtype", [jnp.bfloat16, jnp.float32])
 def test_weight_gradients_take_wide_tiles_where_those_fill_the_last_round(out_dtype):
     # 132 multiprocessors. 2816 x 2048: 22 x 16 tiles of 128 columns are 3 rounds, 22 x 12 of 176 just 2.
-    # 7168 x 2048: 7 rounds and 6. 128 x 176: one each.
-    for m, n, wide in ((2816, 2048, True), (7168, 2048, False), (128, 176, False)):
-        assert (tiling_for(m, n) == WIDE) == wide
+    # 7168 x 2048: 7 rounds; 6, 6 and 5 of 160, 176 and 192. 128 x 176: one each.
+    assert [tiling_for(*shape).n for shape in ((2816, 2048), (7168, 2048), (128, 176))] == [176, 128, 128]
+    assert tiling_for(7168, 2048) == OVERLAPPED
     a, b = _struct((2816, 256), (2, 2816)), _struct((2048, 256), (2, 2048))
     with target_platform("gpu"):
         product = jax.jit(functools.partial(mosaic_gpu.matmul, out_dtype=jnp.dtype(out_dtype)))
