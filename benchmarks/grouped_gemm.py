@@ -4,7 +4,8 @@
 
 Every result is first compared with a float64 product of the same operands (for FP8: of the quantised
 operands), group by group, and two runs must agree bit for bit. FP8 weight gradients come out in
-float32, bf16 ones in bf16. `--ragged-dot` times `jax.lax.ragged_dot` too, which takes a while.
+float32, bf16 ones in bf16. `--ragged-dot` times `jax.lax.ragged_dot` too, which takes a while, `--tune` other
+tilings of the FP8 weight gradient, whose results must be the same.
 """
 
 import argparse
@@ -24,7 +25,7 @@ import torch
 
 from benchmarks.gemm import dequantized
 from pallas_kernels import grouped_matmul
-from pallas_kernels.fp8_grouped_matmul import fp8_grouped_matmul, fp8_grouped_wgrad
+from pallas_kernels.fp8_grouped_matmul import fp8_grouped_matmul, fp8_grouped_wgrad, mosaic_gpu_wgrad
 from pallas_kernels.fp8_quantize import Quantized, quantize_blocks, quantize_columns, quantize_rows
 from pallas_kernels.grouped_matmul import mosaic_gpu, reference
 from pallas_kernels.grouped_matmul.shapes import BENCHMARK, Shape
@@ -134,7 +135,23 @@ def _part(x: Quantized, rows: slice) -> Quantized:
     return Quantized(x.values[:, rows], x.scales[rows.start // 128 : rows.stop // 128])
 
 
-def run(shape: Shape, passes, rounds: int, ragged_dot: bool):
+def tilings(ours) -> dict:
+    """The FP8 weight gradient in other tilings, from the call of ours.
+
+    Raises:
+      SystemExit: a tiling gives other bits.
+    """
+    calls = {}
+    for tiling in (mosaic_gpu_wgrad.OVERLAPPED, *mosaic_gpu_wgrad.WIDE):
+        name = "fp8 overlap 2" if tiling.overlap > 1 else f"fp8 {tiling.n} columns"
+        product = jax.jit(functools.partial(mosaic_gpu_wgrad.wgrad, out_dtype=jnp.float32, tiling=tiling))
+        calls[name] = functools.partial(product, *ours.args)
+        if not jnp.array_equal(calls[name](), ours()):
+            raise SystemExit(f"{name}: other bits than ours")
+    return calls
+
+
+def run(shape: Shape, passes, rounds: int, ragged_dot: bool, tune: bool = False):
     """Checks and times one shape; yields a row of results for each pass."""
     x, w, dout, sizes = operands(shape)
     ours, theirs, check = peers(shape, x, w, dout, sizes)
@@ -150,6 +167,8 @@ def run(shape: Shape, passes, rounds: int, ragged_dot: bool):
         calls = {"ours": ours[name], "ours fp8": call8, "torch": theirs[name]}
         if ragged_dot and name == "forward":
             calls["lax.ragged_dot"] = functools.partial(_ragged_dot, x, w, sizes)
+        if tune and name == "wgrad":
+            calls |= tilings(call8)
         times = timing.compare([timing.Rival(rival, call) for rival, call in calls.items()], rounds=rounds)
         row = timing.row(f"{shape} {name}", flops, moved, times)
         row |= {"relative_error": errors, "repeats_bitwise": repeats}
@@ -166,13 +185,14 @@ def main() -> None:
     parser.add_argument("--passes", default=",".join(PASSES))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--ragged-dot", action="store_true")
+    parser.add_argument("--tune", action="store_true")
     args = parser.parse_args()
     ceiling = timing.roofline()
     print(ceiling, flush=True)
     rows = []
     for shape in BENCHMARK:
         if args.only in str(shape):
-            rows += run(shape, args.passes.split(","), args.rounds, args.ragged_dot)
+            rows += run(shape, args.passes.split(","), args.rounds, args.ragged_dot, args.tune)
             timing.write(args.out, rows, ceiling)
     if any(max(row["relative_error"].values()) >= TOLERANCE or not row["repeats_bitwise"] for row in rows):
         raise SystemExit("a result is wrong")
