@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import torch
 
+from pallas_kernels.fp8_grouped_matmul import mosaic_gpu_wgrad
 from pallas_kernels.fp8_grouped_matmul.mosaic_gpu import Tiling
 from pallas_kernels.fp8_matmul import fp8_matmul, mosaic_gpu
 from pallas_kernels.fp8_matmul.shapes import BENCHMARK, Shape
@@ -37,7 +38,7 @@ TILINGS = {
     **{f"one wave, overlap {n}": dataclasses.replace(_WAVE, overlap=n) for n in (2, 3, 4)},
     "one wave, overlap 4, paired": dataclasses.replace(_WAVE, overlap=4, pair=True),
 }
-WGRAD_TILINGS = {f"{n} columns": Tiling(waves=1, n=n, stages=4, buffers=2) for n in (160, 176, 192)}
+WGRAD_TILINGS = {f"{tiling.n} columns": tiling for tiling in mosaic_gpu_wgrad.WIDE}
 
 
 def to_torch(x: jax.Array) -> torch.Tensor:

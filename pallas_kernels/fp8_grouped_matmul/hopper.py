@@ -222,8 +222,8 @@ def _map(element, sums, product):
 def store(value, out, out_smem, row, column, *, wanted=True, add=False):
     """Stores a warpgroup's product at `row` and `column` of `out`, or adds it to what is there, if `wanted`.
 
-    The copy engine leaves out what lies past the last row and column. It wants `column` to be a multiple of
-    the width of a block of `out_smem`.
+    The copy engine leaves out what lies past the last row and column. It counts in blocks: `column` must be a
+    multiple of the width of `out_smem`, or the end of each block is lost.
     """
     buffers, _, width = out_smem.shape
     for i in range(value.shape[1] // width):

@@ -27,7 +27,7 @@ GROUPED = Tiling(waves=1, stages=5, buffers=2)
 # Of one product: two steps overlapped, or as many columns as the registers hold without that.
 OVERLAPPED = dataclasses.replace(GROUPED, overlap=2)
 WIDE = tuple(Tiling(waves=1, n=n, stages=4, buffers=2) for n in (160, 176, 192))
-SCALES = 32  # A copy takes a multiple of 128 bytes.
+SCALES = 32  # Are copied at a time: 128 bytes.
 
 
 def tiling_for(m: int, n: int) -> Tiling:

@@ -22,7 +22,7 @@ _SCALAR = plgpu.Layout.WG_SPLAT(())
 
 
 def swizzled(dtype, row_bytes: int = ROW_BYTES) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:
-    """The shared-memory layout of every operand and result: tiles of 8 rows of 128 bytes, swizzled."""
+    """The shared-memory layout of operands and results: swizzled tiles of 8 rows of 128 bytes or fewer."""
     columns = row_bytes // jnp.dtype(dtype).itemsize
     tiles = plgpu.TilingTransform((8, columns))  # pyright: ignore[reportAbstractUsage]
     return tiles, plgpu.SwizzleTransform(row_bytes)  # pyright: ignore[reportAbstractUsage]
