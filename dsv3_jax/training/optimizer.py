@@ -6,7 +6,7 @@ undone inside it. Selecting old or new state around a chain of optax transformat
 of the moments and half the speed; on an H200 both take the same memory and time. Moments in host memory
 visit the device in blocks (`training.visits`), between the backward pass and the next step: they need the
 norm of all gradients. Fetching them earlier takes as much memory as keeping them, so a share may stay
-(`OptimizerConfig.host_share`), as in the Twin-Flow of ZeRO-Offload++.
+(`OptimizerConfig.host_share`).
 """
 
 import itertools
