@@ -71,7 +71,7 @@ def applies(config: Config, mesh: Mesh) -> bool:
     """Whether the average of a step is updated inside the next step's program.
 
     Not where the moments are in host memory too: under `COMPILER_OPTIONS` kernels would read them there. Nor
-    on several GPUs: the scheduler of a program with collectives starts it after the layers.
+    on several GPUs: arrays are divided along axes that devices share.
     """
     train = config.train
     alone = config.optimizer.memory == "device" and mesh.size == 1
