@@ -23,6 +23,7 @@ from pallas_kernels.fp8_quantize import (
     Quantized,
     dequantize,
     pack_e5m6,
+    quantize_blocks,
     quantize_columns,
     quantize_rows,
     unpack_e5m6,
@@ -42,6 +43,9 @@ def cases(rows: int, k: int):
     yield "columns", (x,), quantize_columns
     yield "columns, 64 groups", (x, sizes), quantize_columns
     yield "columns of quantised rows", (quantised,), quantize_columns
+    weights = x.astype(jnp.float32)
+    yield "weight blocks", (weights,), quantize_blocks
+    yield "weight blocks, transposed", (weights,), functools.partial(quantize_blocks, transpose=True)
 
 
 def agreement(got: Quantized, want: Quantized) -> float:
