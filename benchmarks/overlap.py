@@ -16,10 +16,14 @@ profile two steps:
     one GPU, whole batch       what expert-parallel is compared with
     expert-parallel            two GPUs
     ..., constant latencies    the same, scheduled without XLA's model of how long collectives take
+    ..., average               the same with an average in host memory
+    ..., average on the device the same with it in device memory
+    data-parallel, ...         both, with the optimizer's state divided (ZeRO-1)
 
 Checked first: losses beside those of `device`, bit by bit; one program that updates moments here and there;
 the average beside its recurrence in float64, and where the step updates it, bit by bit beside one that a
-program of its own updates after every step; the losses of expert-parallel beside one GPU's.
+program of its own updates after every step; the losses of expert- and data-parallel beside one GPU's, or
+beside those of the same with the average on the device.
 
 Where there are four GPUs, what copies to the host runs on the first, what does not on the second, and
 expert-parallel on the last two, at the same time. CUDA graphs are off in all other cases: so the profile
@@ -51,12 +55,14 @@ AVERAGE = f"--config.train.ema_decay={DECAY}"
 BOTH = [AVERAGE, "--config.optimizer.memory=host", "--config.train.ema_memory=host"]
 WHOLE = "--config.train.batch_size=16"
 SPREAD = [WHOLE, "--config.mesh.expert=2", "--config.mesh.sharding=zero1"]
+DATA = [WHOLE, "--config.mesh.data=2", "--config.mesh.sharding=zero1"]
+HOST_AVERAGE = [AVERAGE, "--config.train.ema_memory=host"]
 # Of four GPUs those that it runs on, and overrides of the configuration.
 CASES: dict[str, tuple[tuple[int, ...], list[str]]] = {
     "moments": ((0,), ["--config.optimizer.memory=host"]),
     "moments, experts'": ((0,), ["--config.optimizer.memory=host", "--config.optimizer.host_share=0.88"]),
     "moments, gate and up": ((0,), ["--config.optimizer.memory=host", "--config.optimizer.host_share=0.59"]),
-    "average": ((0,), [AVERAGE, "--config.train.ema_memory=host"]),
+    "average": ((0,), HOST_AVERAGE),
     "both": ((0,), BOTH),
     "both, CUDA graphs": ((0,), BOTH),
     "device": ((1,), []),
@@ -64,6 +70,10 @@ CASES: dict[str, tuple[tuple[int, ...], list[str]]] = {
     "one GPU, whole batch": ((1,), [WHOLE]),
     "expert-parallel": ((2, 3), SPREAD),
     "expert-parallel, constant latencies": ((2, 3), SPREAD),
+    "expert-parallel, average on the device": ((2, 3), [*SPREAD, AVERAGE]),
+    "expert-parallel, average": ((2, 3), [*SPREAD, *HOST_AVERAGE]),
+    "data-parallel, average on the device": ((2, 3), [*DATA, AVERAGE]),
+    "data-parallel, average": ((2, 3), [*DATA, *HOST_AVERAGE]),
 }
 WARM = 3  # Steps before those that are timed; the average is checked after them.
 
@@ -175,7 +185,14 @@ def measure(argv: list[str], steps: int, ready: Callable[[], None] = lambda: Non
             run(PROFILED)
         found = events(folder)
     try:
-        row["profile"] = beside_exchanges(found, text) if mesh.size > 1 else beside_copies(found, text)
+        if beside and mesh.size > 1:
+            devices = sorted({event.device for event in found})
+            by_device = ([event for event in found if event.device == device] for device in devices)
+            row["profile"] = {
+                d: beside_copies(mine, text) for d, mine in zip(devices, by_device, strict=True)
+            }
+        else:
+            row["profile"] = beside_exchanges(found, text) if mesh.size > 1 else beside_copies(found, text)
     except Exception:
         row["profile"] = {"error": traceback.format_exc()[-800:], "events": len(found)}
     if mesh.shape["expert"] > 1:
@@ -256,6 +273,15 @@ def unequal_updates(mesh, config) -> dict:
 # ---------------------------------------------------------------- all cases
 
 
+def beside_whom(name: str) -> str | None:
+    """The case whose losses those of another are compared with."""
+    if name in ("device", "one GPU, whole batch"):
+        return None
+    if name.endswith("-parallel, average"):
+        return f"{name} on the device"
+    return "one GPU, whole batch" if "-parallel" in name else "device"
+
+
 def verdicts(rows: dict) -> dict:
     """What was checked of each case."""
     found = {}
@@ -263,8 +289,8 @@ def verdicts(rows: dict) -> dict:
         if "losses" not in row:
             continue
         mine: dict = {"finite": row["finite"]}
-        other = rows.get("one GPU, whole batch" if name.startswith("expert") else "device", {})
-        if "losses" in other and name not in ("device", "one GPU, whole batch"):
+        other = rows.get(beside_whom(name) or "", {})
+        if "losses" in other:
             pairs = list(zip(row["losses"], other["losses"], strict=False))
             mine["losses"] = len(pairs)
             mine["equal losses"] = sum(x == y for x, y in pairs)

@@ -7,21 +7,26 @@ starts before the layers and waits for before AdamW: a loop of [copy in, mix, co
 What such a call copies shares its stream, in and out by turns, and two calls cannot change one array at once.
 So an array that holds much of all bytes lends its end to arrays of their own (`Average.aside`), to lanes
 beside it. They come back (`whole`) before anybody else reads the average.
+
+On several GPUs each divides its own part of every array: nothing of the average travels between them.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import xla_metadata
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Shaped
 
 from dsv3_jax.config import Config
-from dsv3_jax.training import visits
+from dsv3_jax.parallel.mesh import replicated
+from dsv3_jax.training import ema, visits
 from dsv3_jax.training.ema import Params, Shardings, averaged
 
 LANES = 4  # While what some carry comes in, or waits for room to be mixed in, what others carry goes out.
@@ -70,11 +75,10 @@ def has_streams(mesh: Mesh) -> bool:
 def applies(config: Config, mesh: Mesh) -> bool:
     """Whether the average of a step is updated inside the next step's program.
 
-    Not where the moments are in host memory too: under `COMPILER_OPTIONS` kernels would read them there. Nor
-    on several GPUs: arrays are divided along axes that devices share.
+    Not where the moments are in host memory too: under `COMPILER_OPTIONS` kernels would read them there.
     """
     train = config.train
-    alone = config.optimizer.memory == "device" and mesh.size == 1
+    alone = config.optimizer.memory == "device"
     return train.ema_decay > 0 and train.ema_memory == "host" and alone and has_streams(mesh)
 
 
@@ -101,17 +105,29 @@ def abstract_average(params: Params, shardings: Shardings) -> Average:
     def whole(p: Any, place: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(p.shape, np.float32, sharding=place)
 
-    def piece(x: jax.ShapeDtypeStruct, division: Division, count: int) -> jax.ShapeDtypeStruct:
-        rows, *rest = jax.eval_shape(lambda x: visits.cut(x, division.of), x).shape
-        return jax.ShapeDtypeStruct((rows // division.turns * count, *rest), x.dtype, sharding=x.sharding)
+    def piece(x: Any, own: Any, division: Division, count: int) -> jax.ShapeDtypeStruct:
+        rows, *rest = jax.eval_shape(lambda x: visits.cut(x, division.of), own).shape
+        parts = [n // part for n, part in zip(x.shape, own.shape, strict=True)]  # Devices along each axis.
+        shape = (n * part for n, part in zip((rows // division.turns * count, *rest), parts, strict=True))
+        return jax.ShapeDtypeStruct(tuple(shape), x.dtype, sharding=x.sharding)
 
     tree = jax.tree.map(whole, params, shardings)
     leaves = jax.tree.leaves(tree)
+    own = [jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype) for x in leaves]
     aside = [
-        tuple(piece(x, division, count) for _, count in division.pieces()[1:])
-        for x, division in zip(leaves, divisions(leaves), strict=True)
+        tuple(piece(x, part, division, count) for _, count in division.pieces()[1:])
+        for x, part, division in zip(leaves, own, divisions(own), strict=True)
     ]
     return Average(tree, tuple(aside))
+
+
+def _on_each_device(function: Callable[..., Any], places: tuple[Any, ...], result: Any) -> Callable[..., Any]:
+    """`function` of what each device has of its arguments, whose shardings are given, as its result's."""
+    everywhere = jax.tree.leaves((places, result))
+    if not all(isinstance(place, NamedSharding) and place.mesh.size > 1 for place in everywhere):
+        return function
+    ins, out = jax.tree.map(lambda place: place.spec, (places, result))
+    return jax.shard_map(function, mesh=everywhere[0].mesh, in_specs=ins, out_specs=out, check_vma=False)
 
 
 class Keeper:
@@ -121,22 +137,29 @@ class Keeper:
         """`params` and `shardings` of the average; arrays or their shapes."""
         self._abstract = abstract_average(params, shardings)
         places = jax.tree.map(lambda x: x.sharding, self._abstract)
-        self._take = jax.jit(_taken, donate_argnums=1, out_shardings=places.aside)
-        self._return = jax.jit(_returned, donate_argnums=0, out_shardings=places.params)
+        take = _on_each_device(_taken, (places.params, places.aside), places.aside)
+        put = _on_each_device(_returned, (places.params, places.aside), places.params)
+        self._take = jax.jit(take, donate_argnums=1, out_shardings=places.aside)
+        self._return = jax.jit(put, donate_argnums=0, out_shardings=places.params)
         self._aside: Any = None
 
     def apart(self, average: Params) -> Average:
         """Of a whole average. It must not be used again before it is `whole`."""
         if self._aside is None:
-            self._aside = jax.tree.map(
-                lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), self._abstract.aside
-            )
+            self._aside = jax.tree.map(_zeros, self._abstract.aside)
         return Average(average, self._take(average, self._aside))
 
     def whole(self, average: Average) -> Params:
         """The average in one again; its arrays are donated or kept for the next `apart`."""
         self._aside = average.aside
         return self._return(average.params, average.aside)
+
+
+def _zeros(x: Any) -> Array:
+    """In host memory, of several processes too, of which each has a part."""
+    return jax.device_put(
+        jnp.zeros(x.shape, x.dtype, device=x.sharding.with_memory_kind(ema.DEVICE)), x.sharding
+    )
 
 
 def _taken(average: Params, aside: tuple[tuple[Array, ...], ...]) -> tuple[tuple[Array, ...], ...]:
@@ -172,6 +195,27 @@ def _returned(average: Params, aside: tuple[tuple[Array, ...], ...]) -> Params:
 
 
 # ---------------------------------------------------------------- in the step
+
+
+def make_update(
+    decay: float, params: Params, batch: Any, streams: bool
+) -> Callable[..., tuple[Average, Any]]:
+    """`update` as `(average, params, finite, first) -> (average, first)`, on each device its own part.
+
+    Args:
+      decay, streams: see `update`.
+      params: shapes of the parameters, with their shardings.
+      batch: the sharding of every array of `first`.
+    """
+    here = jax.tree.map(lambda x: x.sharding, params)
+    places = jax.tree.map(lambda x: x.sharding, abstract_average(params, ema.shardings(here, "host")))
+
+    def run(average: Average, new: Params, finite: Any, first: Any) -> tuple[Average, Any]:
+        ins = places, here, replicated(batch.mesh), jax.tree.map(lambda _: batch, first)
+        change = functools.partial(update, decay, streams=streams)
+        return _on_each_device(change, ins, (places, ins[-1]))(average, new, finite, first)
+
+    return run
 
 
 def update(

@@ -135,8 +135,12 @@ def train_step_beside_average(
       average: the average without them, in host memory.
       changed: whether the last step changed the parameters; if not, the average stays as it is.
     """
-    decay, streams = config.train.ema_decay, ema_beside.has_streams(current_mesh() or make_mesh(config.mesh))
-    average, batch = ema_beside.update(decay, average, state.params, changed, batch, streams)
+    mesh = current_mesh() or make_mesh(config.mesh)
+    params = abstract_state(config, mesh).params
+    update = ema_beside.make_update(
+        config.train.ema_decay, params, batch_sharding(mesh), ema_beside.has_streams(mesh)
+    )
+    average, batch = update(average, state.params, changed, batch)
     found = gradients(config, state, batch, n_micro, jnp.asarray(schedules.mtp_weight))
     norm, clip = optimizer.norm_and_clip_scale(found[0], config.optimizer.clip_norm)
     # What overwrites the parameters waits for the average; without this XLA would copy all of them.

@@ -1,10 +1,13 @@
 """The average that a step updates, against its recurrence in float64. On CPU in order, without streams."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
 
 from dsv3_jax.config import AttentionConfig, Config, MeshConfig, ModelConfig, MTPConfig, TrainConfig
 from dsv3_jax.parallel.mesh import make_mesh
@@ -65,6 +68,38 @@ def test_any_shape_inside_a_program(monkeypatch, block_bytes):
             np.testing.assert_allclose(leaf, wanted, rtol=0, atol=1e-6 if changed else 0)
 
 
+@pytest.mark.parametrize("block_bytes", [20, ema_beside.BLOCK_BYTES])
+def test_on_a_mesh_each_device_updates_its_own_part(monkeypatch, block_bytes):
+    """The same bits as by a program of its own, and nothing travels between devices."""
+    monkeypatch.setattr(ema_beside, "BLOCK_BYTES", block_bytes)
+    mesh = jax.make_mesh((2, 4), ("data", "expert"))
+    sizes = {"large": (4, 8, 16), "second": (8, 6), "one": (2, 1, 3), "scale": (4,), "scalar": ()}
+    specs = {"large": P(None, "expert", "data"), "second": P(("data", "expert")), "one": P("data")}
+    places = {name: NamedSharding(mesh, specs.get(name, P())) for name in sizes}
+    normal = np.random.default_rng(0).standard_normal
+    old, new = (
+        {name: jax.device_put(np.float32(normal(size)), places[name]) for name, size in sizes.items()}
+        for _ in range(2)
+    )
+    layout, rows = ema.shardings(places, "host"), NamedSharding(mesh, P(None, ("data", "expert")))
+    keeper = ema_beside.Keeper(old, layout)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), new)
+    divided = jax.tree.map(lambda x: x.sharding, ema_beside.abstract_average(old, layout))
+    update = ema_beside.make_update(DECAY, shapes, rows, streams=False)
+    step = jax.jit(update, donate_argnums=0, out_shardings=(divided, rows))
+    batch = jax.device_put(np.arange(16.0).reshape(1, 8, 2), rows)
+    apart = keeper.apart(ema.init(old, layout))
+    assert any(apart.aside) == (block_bytes == 20)
+    program = step.lower(apart, new, jnp.bool_(True), batch).compile()
+    assert not re.search("all-gather|all-to-all|all-reduce|collective-permute", program.as_text())
+    apart, same = program(apart, new, jax.device_put(True, NamedSharding(mesh, P())), batch)
+    np.testing.assert_array_equal(same, batch)
+    wanted = ema.make_update(DECAY, layout)(ema.init(old, layout), new, jnp.bool_(True))
+    for name, leaf in keeper.whole(apart).items():
+        assert leaf.sharding == layout[name]
+        np.testing.assert_array_equal(leaf, wanted[name])
+
+
 def batch_of(config, mesh, i):
     tokens = np.random.default_rng(i).integers(0, 31, (2, 8)).astype(np.int32)
     rows = {"tokens": tokens, "targets": tokens, "positions": np.tile(np.arange(8, dtype=np.int32), (2, 1))}
@@ -72,14 +107,17 @@ def batch_of(config, mesh, i):
     return loop.put_batch(config, mesh, rows, 2)
 
 
-def test_an_average_a_step_behind_catches_up_and_survives_a_restart(monkeypatch):
+@pytest.mark.parametrize(
+    "layout", [MeshConfig(data=1, expert=1), MeshConfig(data=2, expert=1, sharding="fsdp")], ids=["1", "2"]
+)
+def test_an_average_a_step_behind_catches_up_and_survives_a_restart(monkeypatch, layout):
     """Against the recurrence of the parameters that the same run went through."""
     monkeypatch.setattr(ema_beside, "applies", lambda *_: True)
     monkeypatch.setattr(ema_beside, "BLOCK_BYTES", 128)
     attention = AttentionConfig(kind="gqa", n_heads=2, n_kv_heads=1, head_dim=4)
     model = ModelConfig(vocab_size=31, d_model=16, d_ff=16, n_layers=1, attention=attention, mtp=MTPConfig(1))
     train = TrainConfig(seq_len=8, batch_size=2, precision="fp32", ema_decay=DECAY, ema_memory="host")
-    config = Config(model=model, train=train, mesh=MeshConfig(data=1, expert=1))
+    config = Config(model=model, train=train, mesh=layout)
     mesh = make_mesh(config.mesh)
     shapes, first = abstract_state(config, mesh).params, init_state(config, mesh)
     layout = ema.shardings(shardings(shapes), "host")
