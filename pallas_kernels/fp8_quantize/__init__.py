@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
 from pallas_kernels import implementations
-from pallas_kernels.fp8_quantize import e5m6, mosaic_gpu, reference
+from pallas_kernels.fp8_quantize import mosaic_gpu, reference
 from pallas_kernels.fp8_quantize.reference import TILE, padded_rows
 
 __all__ = [
@@ -185,39 +185,66 @@ def dequantize(x: Quantized, dtype: jax.typing.DTypeLike = jnp.float32) -> Float
     return reference.dequantize(x.values, x.scales).astype(dtype)
 
 
-def pack_e5m6(x: Float[Array, "*stack k"]) -> UInt8[Array, "*stack k*3/2"]:
+def pack_e5m6(x: Float[Array, "*stack k"], *, implementation: str = "auto") -> UInt8[Array, "*stack k*3/2"]:
     """Rounds to 12 bits (5 of exponent, 6 of mantissa) and packs two numbers in three bytes.
 
     How DeepSeek-V3 saves the attention output for the backward pass. Numbers up to 65,024 in magnitude;
     beyond they become infinite. `k` must be even.
+
+    Args:
+      x: the numbers; rounded to nearest even straight from float32.
+      implementation: `"auto"`, `"mosaic_gpu"` (Hopper; bfloat16 or float32, rows and k multiples of 8 and
+        128) or `"reference"`. All give the same bits.
     """
     if x.shape[-1] % 2:
         raise ValueError(f"pack_e5m6: {x.shape[-1]} columns, expected an even number")
-    return e5m6.pack(x)
+    constraint = functools.partial(mosaic_gpu.unsupported_pack_e5m6, x)
+    return _choose("pack_e5m6", implementation, constraint).pack_e5m6(x, scaled=False)[0]
 
 
 def unpack_e5m6(
-    packed: UInt8[Array, "*stack bytes"], dtype: jax.typing.DTypeLike = jnp.bfloat16
+    packed: UInt8[Array, "*stack bytes"],
+    dtype: jax.typing.DTypeLike = jnp.bfloat16,
+    *,
+    implementation: str = "auto",
 ) -> Float[Array, "*stack k"]:
-    """The numbers that `pack_e5m6` packed, exact in float16, bfloat16 and float32."""
-    return e5m6.unpack(packed).astype(dtype)
+    """The numbers that `pack_e5m6` packed, exact in float16, bfloat16 and float32.
+
+    Args:
+      packed: three bytes for every two numbers.
+      dtype: of the result.
+      implementation: `"auto"`, `"mosaic_gpu"` (Hopper; to the three dtypes, rows and bytes of a row multiples
+        of 8 and 192) or `"reference"`. All give the same numbers.
+    """
+    constraint = functools.partial(mosaic_gpu.unsupported_unpack_e5m6, packed, None, jnp.dtype(dtype))
+    module = _choose("unpack_e5m6", implementation, constraint)
+    return module.unpack_e5m6(packed, None, dtype=dtype)
 
 
-def pack_rows_e5m6(x: Float[Array, "rows k"]) -> PackedE5M6:
+def pack_rows_e5m6(x: Float[Array, "rows k"], *, implementation: str = "auto") -> PackedE5M6:
     """Twelve bits a number with a power-of-two scale for every 1x128 tile: what DeepSeek-V3 keeps of the
     attention output for the backward pass (arXiv 2412.19437, section 3.3.3). `k` must be even.
 
     The largest number of a tile lies within a factor of two of 65,024, the largest that is finite.
+
+    Args:
+      x, implementation: as for `pack_e5m6`.
     """
     if x.ndim != 2 or x.shape[1] % 2:
         raise ValueError(f"pack_rows_e5m6: {x.shape}, expected [rows, k] with an even k")
-    scaled, scales = reference.scaled_rows(x.astype(jnp.float32), e5m6.LARGEST, power_of_two=True)
-    return PackedE5M6(e5m6.pack(scaled), scales)
+    constraint = functools.partial(mosaic_gpu.unsupported_pack_e5m6, x)
+    return PackedE5M6(*_choose("pack_rows_e5m6", implementation, constraint).pack_e5m6(x, scaled=True))
 
 
 def unpack_rows_e5m6(
-    packed: PackedE5M6, dtype: jax.typing.DTypeLike = jnp.bfloat16
+    packed: PackedE5M6, dtype: jax.typing.DTypeLike = jnp.bfloat16, *, implementation: str = "auto"
 ) -> Float[Array, "rows k"]:
-    """The numbers of `pack_rows_e5m6`: with power-of-two scales exact in bfloat16 and float32."""
-    numbers = e5m6.unpack(packed.values)
-    return reference.dequantize(numbers, packed.scales).astype(dtype)
+    """The numbers of `pack_rows_e5m6`: with power-of-two scales exact in bfloat16 and float32.
+
+    Args:
+      packed: numbers and scales.
+      dtype, implementation: as for `unpack_e5m6`.
+    """
+    constraint = functools.partial(mosaic_gpu.unsupported_unpack_e5m6, *packed, jnp.dtype(dtype))
+    module = _choose("unpack_rows_e5m6", implementation, constraint)
+    return module.unpack_e5m6(*packed, dtype=dtype)

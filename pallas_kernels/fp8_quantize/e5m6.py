@@ -1,6 +1,6 @@
 """Twelve-bit floating point (5 bits of exponent, 6 of mantissa), two numbers in three bytes.
 
-It is float16 with its last four bits rounded away. Plain `jax.numpy`: XLA fuses it.
+It is float16 with its last four bits rounded away. The meaning of it, in plain `jax.numpy`.
 """
 
 import jax.numpy as jnp

@@ -2,10 +2,12 @@
 
 A block of 128 threads takes a tile, from copy engine to copy engine; enough blocks lie on a
 multiprocessor at a time for the copies to overlap. Rows: a tile's largest magnitude is found across the
-four threads that hold a row. Columns: see `transpose.py`; weights: `blocks.py`.
+four threads that hold a row. Columns: see `transpose.py`; weights: `blocks.py`; twelve bits:
+`mosaic_gpu_e5m6.py`.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.fp8_quantize import blocks as block_kernel
+from pallas_kernels.fp8_quantize import mosaic_gpu_e5m6 as e5m6_kernel
 from pallas_kernels.fp8_quantize import reference
 from pallas_kernels.fp8_quantize import transpose as column_kernel
 from pallas_kernels.fp8_quantize.reference import SMALLEST_SCALE, TILE
@@ -147,3 +150,39 @@ def columns(x, group_sizes, *, power_of_two, dtype):
     values, table = varying.together(values, table)
     out = column_kernel.columns(values, scales, table, power_of_two=power_of_two, dtype=dtype)
     return varying.like(values, out)
+
+
+def unsupported_pack_e5m6(x) -> str | None:
+    """Why `pack_e5m6` cannot run the call, or None."""
+    if x.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"an operand in {x.dtype}: cast it to bfloat16 or float32"
+    return _unsupported(_as_matrix(x), (8, TILE))
+
+
+def unsupported_unpack_e5m6(values, scales, dtype) -> str | None:
+    """Why `unpack_e5m6` cannot run the call, or None."""
+    if values.dtype != jnp.uint8 or dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        return f"{values.dtype} to {dtype}: take uint8 to bfloat16, float16 or float32"
+    if scales is not None:
+        wanted = (values.shape[1] // e5m6_kernel.BYTES, values.shape[0])
+        if scales.shape != wanted or scales.dtype != jnp.float32:
+            return f"scales {scales.dtype}{scales.shape}, not float32{wanted}: take 'reference'"
+    return _unsupported(_as_matrix(values), (8, e5m6_kernel.BYTES))
+
+
+def _as_matrix(x):
+    return jax.ShapeDtypeStruct((math.prod(x.shape[:-1]), x.shape[-1]), x.dtype)
+
+
+def pack_e5m6(x, *, scaled):
+    """Like `x` but uint8 `[..., k * 3 / 2]`; of `[rows, k]`, if scaled, and the scales `[k/128, rows]`."""
+    values, scales = e5m6_kernel.pack(x.reshape(-1, x.shape[-1]), scaled=scaled)
+    return varying.like(x, (values.reshape(*x.shape[:-1], -1), scales))
+
+
+def unpack_e5m6(values, scales, *, dtype):
+    """The numbers of `pack_e5m6`, times their scales if there are any."""
+    if scales is not None:
+        values, scales = varying.together(values, scales)
+    out = e5m6_kernel.unpack(values.reshape(-1, values.shape[-1]), scales, dtype=jnp.dtype(dtype))
+    return varying.like(values, out.reshape(*values.shape[:-1], -1))

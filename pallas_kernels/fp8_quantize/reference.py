@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.fp8_quantize import e5m6
+
 TILE = 128
 SMALLEST_SCALE = 2.0**-100  # Clear of subnormals, which some hardware flushes, as its inverse is.
 
@@ -126,3 +128,17 @@ def dequantize(values, scales):
             f" {(*values.shape[:-2], -(-n // TILE), blocks_of_k)}, one for each 128x128 block"
         )
     return values.astype(jnp.float32) * scale
+
+
+def pack_e5m6(x, *, scaled):
+    """`[..., k]` to uint8 `[..., k * 3 / 2]`; of `[rows, k]`, if scaled, scales `[ceil(k/128), rows]` too."""
+    if not scaled:
+        return e5m6.pack(x), None
+    x, scales = scaled_rows(x.astype(jnp.float32), e5m6.LARGEST, power_of_two=True)
+    return e5m6.pack(x), scales
+
+
+def unpack_e5m6(values, scales, *, dtype):
+    """The numbers of `pack_e5m6`, times their scales if there are any."""
+    numbers = e5m6.unpack(values)
+    return (numbers if scales is None else dequantize(numbers, scales)).astype(dtype)

@@ -10,11 +10,16 @@ import pytest
 from pallas_kernels.fp8_grouped_matmul import fp8_grouped_matmul, fp8_grouped_wgrad, mosaic_gpu_wgrad
 from pallas_kernels.fp8_matmul import fp8_matmul, mosaic_gpu
 from pallas_kernels.fp8_quantize import (
+    PackedE5M6,
     Quantized,
     dequantize,
+    pack_e5m6,
+    pack_rows_e5m6,
     quantize_blocks,
     quantize_columns,
     quantize_rows,
+    unpack_e5m6,
+    unpack_rows_e5m6,
 )
 from tests.oracles import fp8
 
@@ -295,3 +300,74 @@ def test_a_bad_number_shows_in_its_whole_tile(bad, power_of_two):
     assert by_row[3, :128].all() and by_row.sum() == 128
     by_column = np.isnan(np.asarray(dequantize(quantize_columns(x, **options))))
     assert by_column[5].all() and by_column.sum() == by_column.shape[1]
+
+
+def _e5m6_operand(rows, k):
+    """Rows of eight kinds: normal, subnormal, ties, zeros, around the largest, infinite, NaN, any bits."""
+    rng = np.random.default_rng(rows + k)
+    x = rng.standard_normal((rows, k)).astype(np.float32)
+    x[1::8] = rng.integers(-1 << 9, 1 << 9, x[1::8].shape) * 2.0**-22  # Quarters of E5M6's last step.
+    codes = rng.integers(0, 0x7BF, x[2::8].shape)
+    numbers = [((codes + i) << 4).astype(np.uint16).view(np.float16).astype(np.float32) for i in range(2)]
+    x[2::8] = rng.choice([-0.5, 0.5], codes.shape) * sum(numbers)
+    x[1::8, ::128], x[2::8, ::128] = 65024, -65024  # The scale is one.
+    x[3::8] = rng.choice([-0.0, 0.0], x[3::8].shape)
+    x[4::8] = rng.choice([-1, 1], x[4::8].shape) * np.linspace(64500, 65600, k)
+    x[4::8, 5], x[4::8, 6:8] = 3.3e38, 65280
+    x[5::8, 3::7], x[5::8, 5::7], x[6::8, 2::9], x[6::8, 3::9] = np.inf, -np.inf, np.nan, -np.nan
+    x[7::8] = rng.integers(0, 1 << 32, x[7::8].shape).astype(np.uint32).view(np.float32)
+    return jnp.asarray(x)
+
+
+def _bits(x):
+    return np.asarray(x.view({1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("k", [128, 256, 384])
+@pytest.mark.parametrize("rows", [8, 64, 72, 200])
+def test_e5m6_is_packed_to_the_bit(rows, k, dtype):
+    x = _e5m6_operand(rows, k).astype(dtype)
+    for pack in (pack_e5m6, pack_rows_e5m6):
+        ours, want = (
+            jax.jit(functools.partial(pack, implementation=name)) for name in ("mosaic_gpu", "reference")
+        )
+        _poison()
+        got, again = ours(x), ours(x)
+        for one, other, expected in zip(*map(jax.tree.leaves, (got, again, want(x))), strict=True):
+            assert one.shape == expected.shape and one.dtype == expected.dtype
+            np.testing.assert_array_equal(_bits(one), _bits(other))
+            np.testing.assert_array_equal(one, expected)  # Scales are positive, and any NaN will do.
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+@pytest.mark.parametrize("k", [128, 256, 384])
+@pytest.mark.parametrize("rows", [8, 64, 72, 200])
+def test_e5m6_is_unpacked_to_the_bit(rows, k, dtype):
+    rng = np.random.default_rng(rows + k)
+    values = jnp.asarray(rng.integers(0, 256, (rows, k * 3 // 2)), jnp.uint8)
+    powers = jnp.asarray(2.0 ** rng.integers(-100, 100, (k // 128, rows)), jnp.float32)
+    powers = powers.at[0, 3].set(jnp.nan)
+    scales = jnp.asarray(rng.standard_normal(powers.shape), jnp.float32)  # Rounded: any scale will do.
+    cases = [(unpack_e5m6, values)]
+    cases += [(unpack_rows_e5m6, PackedE5M6(values, of_rows)) for of_rows in (powers, scales)]
+    for unpack, packed in cases:
+        ours, reference = (
+            jax.jit(functools.partial(unpack, dtype=dtype, implementation=name))
+            for name in ("mosaic_gpu", "reference")
+        )
+        _poison()
+        got, again, want = ours(packed), ours(packed), reference(packed)
+        assert got.shape == (rows, k) and got.dtype == dtype
+        np.testing.assert_array_equal(_bits(got), _bits(again))
+        nan = np.isnan(np.asarray(want, np.float32))
+        np.testing.assert_array_equal(np.isnan(np.asarray(got, np.float32)), nan)
+        np.testing.assert_array_equal(_bits(got)[~nan], _bits(want)[~nan])
+
+
+def test_e5m6_of_stacks():
+    x = _e5m6_operand(72, 256).astype(jnp.bfloat16).reshape(3, 24, 256)
+    packed = pack_e5m6(x, implementation="mosaic_gpu")
+    np.testing.assert_array_equal(packed, pack_e5m6(x, implementation="reference"))
+    got, want = (unpack_e5m6(packed, implementation=name) for name in ("mosaic_gpu", "reference"))
+    np.testing.assert_array_equal(np.asarray(got, np.float32), np.asarray(want, np.float32))

@@ -222,6 +222,8 @@ def test_bad_calls_are_refused_with_the_reason():
     if not ON_GPU:
         with pytest.raises(UnsupportedError, match="older than 0.11.2|not on cpu"):
             quantize_rows(x, implementation="mosaic_gpu")
+        with pytest.raises(UnsupportedError, match="older than 0.11.2|not on cpu"):
+            unpack_rows_e5m6(pack_rows_e5m6(x[:, :128]), implementation="mosaic_gpu")
 
 
 @needs_mosaic_gpu
@@ -239,8 +241,27 @@ def test_gpu_kernels_lower(power_of_two):
             quantize_rows(x, power_of_two=power_of_two, swiglu=True),
             quantize_columns(x, power_of_two=power_of_two),
             quantize_columns(saved, sizes, power_of_two=power_of_two),
+            unpack_e5m6(pack_e5m6(x)),
+            unpack_rows_e5m6(pack_rows_e5m6(x)),
         )
 
     with target_platform("gpu"):
         text = jax.jit(every).trace(x, w, sizes).lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("custom_call @mosaic_gpu") == 6
+    assert text.count("custom_call @mosaic_gpu") == 10
+
+
+@needs_mosaic_gpu
+def test_e5m6_kernels_take_stacks_and_leave_the_rest():
+    def kernels(shape, dtype, to):
+        def there_and_back(x):
+            return unpack_e5m6(pack_e5m6(x), to)
+
+        with target_platform("gpu"):
+            traced = jax.jit(there_and_back).trace(jax.ShapeDtypeStruct(shape, dtype))
+            return traced.lower(lowering_platforms=("cuda",)).as_text().count("custom_call @mosaic_gpu")
+
+    assert kernels((3, 2, 4, 128), jnp.float32, jnp.float16) == 2
+    assert kernels((8, 384), jnp.bfloat16, jnp.float32) == 2
+    assert kernels((16, 256), jnp.float16, jnp.bfloat16) == 1
+    assert kernels((256,), jnp.float32, jnp.float32) == 0
+    assert kernels((8, 130), jnp.float32, jnp.float32) == 0
