@@ -96,7 +96,7 @@ def weight_gradient(
         "per_tensor": recipe.activation_scales == "tensor",
         "implementation": recipe.implementation,
     }
-    x = unpack_rows_e5m6(x) if isinstance(x, PackedE5M6) else x
+    x = unpack_rows_e5m6(x, implementation=recipe.implementation) if isinstance(x, PackedE5M6) else x
     left = quantize_columns(x, sizes, power_of_two=by_row[0], **options)
     options["dtype"] = _DTYPES[recipe.gradient_dtype]
     right = quantize_columns(g, sizes, power_of_two=by_row[1], **options)
@@ -125,7 +125,13 @@ def linear(
 def _linear_fwd(x: Array, w: Array, recipe: FP8Config, after_attention: bool):
     x8 = activation(x, recipe, power_of_two=after_attention and recipe.power_of_two)
     keep = recipe.attention_output if after_attention else "fp8"
-    kept = x8 if keep == "fp8" else x if keep == "bf16" else pack_rows_e5m6(x)
+    kept = (
+        x8
+        if keep == "fp8"
+        else x
+        if keep == "bf16"
+        else pack_rows_e5m6(x, implementation=recipe.implementation)
+    )
     return product(x8, weight(w, recipe, transpose=True), None, recipe, x.dtype), (kept, w)
 
 

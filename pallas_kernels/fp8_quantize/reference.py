@@ -24,6 +24,15 @@ def scale_and_inverse(amax, largest: float, power_of_two: bool):
     return jnp.where(finite, up, jnp.nan), jnp.where(finite, inverse, jnp.nan)
 
 
+def _largest(x, axis=None, keepdims=False):
+    """Largest magnitude, float32; NaN where there is one.
+
+    Over bits, which are in the order of magnitudes with NaN last: XLA's maximum of floats drops NaNs on a CPU.
+    """
+    bits = lax.bitcast_convert_type(jnp.abs(x), jnp.int32)
+    return lax.bitcast_convert_type(jnp.max(bits, axis=axis, keepdims=keepdims), jnp.float32)
+
+
 def padded_rows(rows: int, groups: int | None = None) -> int:
     """Rows of a transposed operand: each group padded to a multiple of 128, whatever the sizes."""
     return -(-rows // TILE) * TILE if groups is None else (rows // TILE + groups) * TILE
@@ -43,7 +52,7 @@ def rows(x, *, power_of_two, dtype, swiglu=False, per_tensor=False):
         x = jax.nn.silu(gate) * up
     largest = float(jnp.finfo(dtype).max)
     if per_tensor:
-        scale, inverse = scale_and_inverse(jnp.max(jnp.abs(x)), largest, power_of_two)
+        scale, inverse = scale_and_inverse(_largest(x), largest, power_of_two)
         return (x * inverse).astype(dtype), jnp.full((-(-x.shape[1] // TILE), x.shape[0]), scale)
     values, scales = scaled_rows(x, largest, power_of_two=power_of_two)
     return values.astype(dtype), scales
@@ -52,7 +61,7 @@ def rows(x, *, power_of_two, dtype, swiglu=False, per_tensor=False):
 def scaled_rows(x, largest: float, *, power_of_two):
     """1x128 tiles divided by the scale that maps their largest magnitude to `largest`; and the scales."""
     tiles = _tiles(x)
-    scale, inverse = scale_and_inverse(jnp.max(jnp.abs(tiles), axis=-1), largest, power_of_two)
+    scale, inverse = scale_and_inverse(_largest(tiles, axis=-1), largest, power_of_two)
     return (tiles * inverse[..., None]).reshape(x.shape[0], -1)[:, : x.shape[1]], scale.T
 
 
@@ -104,9 +113,9 @@ def blocks(w, *, power_of_two, dtype, transpose=False, per_tensor=False):
     padded = jnp.pad(w, [(0, 0)] * len(stack) + [(0, -n % TILE), (0, -k % TILE)])
     tiles = padded.reshape(*stack, -(-n // TILE), TILE, -(-k // TILE), TILE)
     # Two reductions, which the barrier keeps apart: XLA reads rows well, and blocks badly.
-    amax = jnp.max(lax.optimization_barrier(jnp.max(jnp.abs(tiles), axis=-1)), axis=-2)
+    amax = _largest(lax.optimization_barrier(_largest(tiles, axis=-1)), axis=-2)
     if per_tensor:
-        amax = jnp.broadcast_to(jnp.max(amax, axis=(-2, -1), keepdims=True), amax.shape)
+        amax = jnp.broadcast_to(_largest(amax, axis=(-2, -1), keepdims=True), amax.shape)
     scale, inverse = scale_and_inverse(amax, float(jnp.finfo(dtype).max), power_of_two)
     values = (tiles * inverse[..., :, None, :, None]).reshape(padded.shape)[..., :n, :k]
     values = values.astype(dtype)
