@@ -32,8 +32,8 @@ from dsv3_jax.training.ema import Params, Shardings, averaged
 LANES = 4  # While what some carry comes in, or waits for room to be mixed in, what others carry goes out.
 LARGEST_SHARE = 1 / 3  # Of all bytes, in one piece: alone in a lane it must not take as long as a step.
 BLOCK_BYTES = 96 << 20  # At most so much of each piece visits at once, where an array can be cut so.
-# Before the layers. XLA's scheduler works from a program's end and guesses that a call takes 5 ms: with its model
-# of how long collectives take, on several GPUs, it would start all after the layers.
+# Before the layers. XLA's scheduler works from a program's end and guesses that a call takes 5 ms: with its
+# model of how long collectives take, on several GPUs, it would start all after the layers.
 EARLY = {"scheduler_hint": "force_delay"}
 COMPILER_OPTIONS = {
     # These passes give every copy from and to host memory a stream of its own, also one that has a stream.

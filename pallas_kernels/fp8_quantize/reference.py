@@ -27,7 +27,7 @@ def scale_and_inverse(amax, largest: float, power_of_two: bool):
 def _largest(x, axis=None, keepdims=False):
     """Largest magnitude, float32; NaN where there is one.
 
-    Over bits, which are in the order of magnitudes with NaN last: XLA's maximum of floats drops NaNs on a CPU.
+    Over bits, in the order of magnitudes with NaN last: XLA's maximum of floats drops NaNs on a CPU.
     """
     bits = lax.bitcast_convert_type(jnp.abs(x), jnp.int32)
     return lax.bitcast_convert_type(jnp.max(bits, axis=axis, keepdims=keepdims), jnp.float32)
