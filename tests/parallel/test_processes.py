@@ -10,6 +10,9 @@ import sys
 import time
 from pathlib import Path
 
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from tests import running
@@ -26,7 +29,7 @@ def serve() -> None:
     """Forks a process of `train.py` a line of input, so that only the first pays for the imports."""
     import train
     from dsv3_jax.checkpoint import manager  # noqa: F401
-    from dsv3_jax.training import ema, loop  # noqa: F401
+    from dsv3_jax.training import ema, ema_beside, loop  # noqa: F401
 
     for line in sys.stdin:
         request = json.loads(line)
@@ -43,6 +46,9 @@ def serve() -> None:
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             if request["count"] > 1:
                 share_compilation()
+            if request["beside"]:
+                ema_beside.applies = lambda config, _: config.train.ema_decay > 0
+                ema_beside.BLOCK_BYTES = 256  # In pieces.
             try:
                 code = train.main(request["arguments"])
             except SystemExit as stop:
@@ -97,9 +103,10 @@ class Job:
 
     Args:
       place: the flags and variables that tell process i of an address which it is.
+      beside: the step updates the average, as on GPUs.
     """
 
-    def __init__(self, ask, runner, workdir: Path, count: int, *options: str, place=None):
+    def __init__(self, ask, runner, workdir: Path, count: int, *options: str, place=None, beside=False):
         with socket.create_server(("127.0.0.1", 0)) as free:
             address = f"127.0.0.1:{free.getsockname()[1]}"
         source = (f"data.source=files:{runner.texts}/*.txt", f"data.cache_dir={runner.shared / 'tokens'}")
@@ -112,7 +119,7 @@ class Job:
             flags, variables = place(address, count, i) if place else ([], {})
             variables["XLA_FLAGS"] = f"{FLAGS} --xla_force_host_platform_device_count=1"
             request = {"arguments": common + flags, "environment": variables, "output": str(output)}
-            self.pids.append(ask(request | {"count": count}))
+            self.pids.append(ask(request | {"count": count, "beside": beside}))
 
     def poll(self) -> list[int | None]:
         """The exit codes of those that have ended."""
@@ -218,6 +225,32 @@ def test_processes_are_lost_and_other_numbers_of_them_go_on_with_the_same_run(as
             assert mine[name] == theirs[name], (mine["step"], name)
         if mine["step"] in (10, STEPS):  # Of two processes, and of one.
             assert mine["validation_loss"] == pytest.approx(theirs["validation_loss"], rel=TOLERANCE)
+
+
+def average(workdir: Path) -> dict:
+    """The moving average in the newest checkpoint."""
+    path = workdir / "checkpoints" / str(checkpoint_steps(workdir)[-1]) / "state"
+    reader = ocp.PyTreeCheckpointer()
+    shapes = reader.metadata(path).item_metadata.tree
+    whole = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
+    return reader.restore(path, restore_args=whole)["ema"]
+
+
+def test_processes_that_update_the_average_beside_the_step(ask, runner, tmp_path):
+    """As by a program of its own after every step, of the same run."""
+    options = ("mesh.data=2", "mesh.sharding=fsdp", "train.eval_every=0", "train.steps=6")
+    options += ("train.ema_decay=0.7", "train.ema_memory=host")
+    found = []
+    for beside in (True, False):
+        workdir = tmp_path / f"run{beside}"
+        job = Job(ask, runner, workdir, 2, *options, place=by_flags, beside=beside)
+        assert job.wait() == [0, 0], job.everything()
+        found.append((curve(workdir), average(workdir)))
+    (ours, mine), (theirs, other) = found
+    assert [record["loss"] for record in ours] == pytest.approx([x["loss"] for x in theirs], rel=TOLERANCE)
+    for x, y in zip(*map(jax.tree.leaves, (mine, other)), strict=True):
+        # So far the same bits, of two programs: another compiler may round sums otherwise.
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-6)
 
 
 if __name__ == "__main__":
