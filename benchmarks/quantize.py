@@ -1,9 +1,9 @@
-"""FP8 quantisation against the card's own copy bandwidth, and against XLA's version of the same.
+"""FP8 quantisation against the card's own copy bandwidth, XLA's version of the same, and torch's.
 
     PYTHONPATH=. python benchmarks/quantize.py [--out results.json] [--rounds 3]
 
-Bytes are those that must move: the operand once, the values and the scales once. Packing to twelve bits,
-and unpacking, has to give XLA's very bits.
+torch's is compiled by `torch.compile` (`quantize_torch.py`). Bytes are those that must move: the operand
+once, the values and the scales once. Packing to twelve bits, and unpacking, has to give XLA's very bits.
 """
 
 import argparse
@@ -19,7 +19,9 @@ from benchmarks import timing  # Before JAX allocates.
 import jax
 import jax.numpy as jnp
 import numpy as np
+import torch
 
+from benchmarks.quantize_torch import PEERS
 from pallas_kernels.fp8_quantize import (
     Quantized,
     dequantize,
@@ -73,8 +75,20 @@ def equal_bits(got, want) -> float:
     return 1 - differing / sum(a.size for a, _ in pairs)
 
 
-def run(case: str, operands, function, rounds: int):
-    """Checks and times one case."""
+def to_torch(x):
+    """JAX's array as torch's, of FP8 too."""
+    if x.dtype == jnp.float8_e4m3fn:
+        return torch.from_dlpack(x.view(jnp.uint8)).view(torch.float8_e4m3fn)
+    return torch.from_dlpack(x)
+
+
+def to_jax(values, scales) -> Quantized:
+    codes = jnp.from_dlpack(values.view(torch.uint8))
+    return Quantized(jax.lax.bitcast_convert_type(codes, jnp.float8_e4m3fn), jnp.from_dlpack(scales))
+
+
+def run(case: str, operands, function, rounds: int, peer=None):
+    """Checks and times one case, beside torch's `peer` if there is one."""
     ours = jax.jit(functools.partial(function, implementation="mosaic_gpu"))
     xla = jax.jit(functools.partial(function, implementation="reference"))
     got, want = ours(*operands), xla(*operands)
@@ -84,10 +98,12 @@ def run(case: str, operands, function, rounds: int):
     else:
         same = equal_bits(got, want)
         error = 0.0 if same == 1 else float("nan")
-    times = timing.compare(
-        [timing.Rival("ours", lambda: ours(*operands)), timing.Rival("xla", lambda: xla(*operands))],
-        rounds=rounds,
-    )
+    rivals = [timing.Rival("ours", lambda: ours(*operands)), timing.Rival("xla", lambda: xla(*operands))]
+    if peer:
+        compiled, arguments = torch.compile(peer), [to_torch(x) for x in jax.tree.leaves(operands)]
+        error = max(error, agreement(to_jax(*compiled(*arguments)), want))
+        rivals.append(timing.Rival("torch", lambda: compiled(*arguments)))
+    times = timing.compare(rivals, rounds=rounds)
     moved = sum(x.nbytes for x in jax.tree.leaves((operands, got)))
     return timing.row(case, 0.0, moved, times) | {"equal_values": same, "largest_difference": error}
 
@@ -112,7 +128,7 @@ def main() -> None:
     found = []
     for rows, k in SHAPES:
         found += [
-            run(f"{rows}x{k} {name}", operands, function, args.rounds)
+            run(f"{rows}x{k} {name}", operands, function, args.rounds, PEERS.get(name))
             for name, operands, function in cases(rows, k)
             if args.only in f"{rows}x{k} {name}"
         ]
