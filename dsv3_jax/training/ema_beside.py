@@ -30,6 +30,7 @@ from dsv3_jax.training import ema, visits
 from dsv3_jax.training.ema import Params, Shardings, averaged
 
 LANES = 4  # While what some carry comes in, or waits for room to be mixed in, what others carry goes out.
+FIRST = 4  # Of the lanes' streams: before it are those that XLA gives small sums over devices, by turns.
 LARGEST_SHARE = 1 / 3  # Of all bytes, in one piece: alone in a lane it must not take as long as a step.
 BLOCK_BYTES = 96 << 20  # At most so much of each piece visits at once, where an array can be cut so.
 # Before the layers. XLA's scheduler works from a program's end and guesses that a call takes 5 ms: with its
@@ -259,7 +260,7 @@ def update(
             lane = carried.index(min(carried))
             carried[lane] += size(key)
             if streams and _call is not None:
-                visit = _call(visit, _xla_stream_annotation=str(lane + 1), inlineable="false", **EARLY)
+                visit = _call(visit, _xla_stream_annotation=str(FIRST + lane), inlineable="false", **EARLY)
             arrays[key] = visit(arrays[key], new[key[0]], finite)
     aside = tuple(
         tuple(arrays[number, k + 1] for k in range(len(pieces)))

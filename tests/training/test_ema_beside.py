@@ -113,8 +113,10 @@ def test_on_gpus_every_piece_is_a_call_that_starts_early_on_one_of_four_streams(
     traced = jax.jit(update, donate_argnums=0).trace(average, params, finite, finite)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     calls = re.findall(r"mhlo.frontend_attributes = \{(.*?)\}", text)
-    streams = [m.group(1) for call in calls if (m := re.search(r'_xla_stream_annotation = "(\d)"', call))]
-    assert len(streams) == len(jax.tree.leaves(average)) > len(params) and set(streams) == set("1234")
+    streams = [m.group(1) for call in calls if (m := re.search(r'_xla_stream_annotation = "(\d+)"', call))]
+    assert len(streams) == len(jax.tree.leaves(average)) > len(params)
+    # XLA has small sums over devices on the first four, by turns: there they would wait for a lane.
+    assert set(streams) == {"4", "5", "6", "7"}
     early = 'scheduler_hint = "force_delay"'
     assert all(early in call for call in calls if "_xla_stream_annotation" in call)
 
