@@ -5,7 +5,7 @@
 Every result is first compared with a float64 product of the same operands (for FP8: of the quantised
 operands), group by group, and two runs must agree bit for bit. FP8 weight gradients come out in
 float32, bf16 ones in bf16. `--ragged-dot` times `jax.lax.ragged_dot` too, which takes a while, `--tune` other
-tilings of the FP8 weight gradient, whose results must be the same.
+tilings of the FP8 weight gradient and other bands of bf16, whose results must be the same.
 """
 
 import argparse
@@ -149,19 +149,27 @@ def _part(x: Quantized, rows: slice) -> Quantized:
     return Quantized(x.values[:, rows], x.scales[rows.start // 128 : rows.stop // 128])
 
 
-def tilings(ours) -> dict:
-    """The FP8 weight gradient in other tilings, from the call of ours.
+def tilings(name: str, ours, ours8, x, w, dout, sizes) -> dict:
+    """One pass in other tilings: the weight gradient in FP8, the others in bf16.
 
     Raises:
       SystemExit: a tiling gives other bits.
     """
-    calls = {}
-    for tiling in (mosaic_gpu_wgrad.OVERLAPPED, *mosaic_gpu_wgrad.WIDE):
-        name = "fp8 overlap 2" if tiling.overlap > 1 else f"fp8 {tiling.n} columns"
-        product = jax.jit(functools.partial(mosaic_gpu_wgrad.wgrad, out_dtype=jnp.float32, tiling=tiling))
-        calls[name] = functools.partial(product, *ours.args)
-        if not jnp.array_equal(calls[name](), ours()):
-            raise SystemExit(f"{name}: other bits than ours")
+    calls, want = {}, ours8 if name == "wgrad" else ours
+    if name == "wgrad":
+        for tiling in (mosaic_gpu_wgrad.OVERLAPPED, *mosaic_gpu_wgrad.WIDE):
+            label = "fp8 overlap 2" if tiling.overlap > 1 else f"fp8 {tiling.n} columns"
+            product = functools.partial(mosaic_gpu_wgrad.wgrad, out_dtype=jnp.float32, tiling=tiling)
+            calls[label] = functools.partial(jax.jit(product), *ours8.args)
+    else:
+        options = {"transpose_rhs": name == "dgrad", "out_dtype": x.dtype}
+        for band in (1, 4):
+            product = functools.partial(mosaic_gpu.forward, tiling=mosaic_gpu.Tiling(band=band), **options)
+            left = dout if name == "dgrad" else x
+            calls[f"bands of {band}"] = functools.partial(jax.jit(product), left, w, sizes)
+    for label, call in calls.items():
+        if not jnp.array_equal(call(), want()):
+            raise SystemExit(f"{label}: other bits than ours")
     return calls
 
 
@@ -181,8 +189,8 @@ def run(shape: Shape, passes, rounds: int, ragged_dot: bool, tune: bool = False)
         calls = {"ours": ours[name], "ours fp8": call8, "torch": theirs[name]}
         if ragged_dot and (call := xla(name, x, w, dout, sizes)):
             calls["lax.ragged_dot"] = call
-        if tune and name == "wgrad":
-            calls |= tilings(call8)
+        if tune:
+            calls |= tilings(name, ours[name], call8, x, w, dout, sizes)
         times = timing.compare([timing.Rival(rival, call) for rival, call in calls.items()], rounds=rounds)
         row = timing.row(f"{shape} {name}", flops, moved, times)
         row |= {"relative_error": errors, "repeats_bitwise": repeats}

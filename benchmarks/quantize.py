@@ -112,7 +112,7 @@ def run(case: str, operands, function, rounds: int, peer=None):
     rivals = [timing.Rival("ours", lambda: ours(*operands)), timing.Rival("xla", lambda: xla(*operands))]
     if peer:
         name, call = compiled(peer, [to_torch(x) for x in jax.tree.leaves(operands)])
-        error = max(error, agreement(to_jax(*call()), want))
+        error = float(np.maximum(error, agreement(to_jax(*call()), want)))  # `max` would lose a NaN.
         rivals.append(timing.Rival(name, call))
     times = timing.compare(rivals, rounds=rounds)
     moved = sum(x.nbytes for x in jax.tree.leaves((operands, got)))

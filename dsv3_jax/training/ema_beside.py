@@ -54,6 +54,9 @@ class Average(NamedTuple):
     aside: tuple[tuple[Any, ...], ...]  # Of each array, in the tree's order: its last blocks, in pieces.
 
 
+Update = Callable[[Average, Params, Bool[Array, ""], Any], tuple[Average, Any]]  # See `make_update`.
+
+
 class Division(NamedTuple):
     """How an array is divided: `turns` blocks, `of` along its second axis, in pieces that end at `ends`."""
 
@@ -82,8 +85,8 @@ def applies(config: Config, mesh: Mesh) -> bool:
     Not where the moments are in host memory too: under `COMPILER_OPTIONS` kernels would read them there.
     """
     train = config.train
-    alone = config.optimizer.memory == "device"
-    return train.ema_decay > 0 and train.ema_memory == "host" and alone and has_streams(mesh)
+    wanted = train.ema_decay > 0 and train.ema_memory == "host"
+    return wanted and config.optimizer.memory == "device" and has_streams(mesh)
 
 
 def divisions(arrays: list[Any]) -> list[Division]:
@@ -201,9 +204,7 @@ def _returned(average: Params, aside: tuple[tuple[Array, ...], ...]) -> Params:
 # ---------------------------------------------------------------- in the step
 
 
-def make_update(
-    decay: float, params: Params, batch: Any, streams: bool
-) -> Callable[..., tuple[Average, Any]]:
+def make_update(decay: float, params: Params, batch: Any, streams: bool) -> Update:
     """`update` as `(average, params, finite, first) -> (average, first)`, on each device its own part.
 
     Args:

@@ -126,20 +126,17 @@ def train_step_beside_average(
     batch: Batch,
     n_micro: Int[Array, ""] | int,
     schedules: Schedules,
+    update: ema_beside.Update,
     average: ema_beside.Average,
     changed: Bool[Array, ""],
 ) -> tuple[TrainState, Metrics, ema_beside.Average]:
     """`train_step`, and the moving average with the parameters that the step was given.
 
     Args:
+      update: of `ema_beside.make_update`.
       average: the average without them, in host memory.
       changed: whether the last step changed the parameters; if not, the average stays as it is.
     """
-    mesh = current_mesh() or make_mesh(config.mesh)
-    params = abstract_state(config, mesh).params
-    update = ema_beside.make_update(
-        config.train.ema_decay, params, batch_sharding(mesh), ema_beside.has_streams(mesh)
-    )
     average, batch = update(average, state.params, changed, batch)
     found = gradients(config, state, batch, n_micro, jnp.asarray(schedules.mtp_weight))
     norm, clip = optimizer.norm_and_clip_scale(found[0], config.optimizer.clip_norm)
@@ -188,29 +185,35 @@ def make_train_step(config: Config, mesh: Mesh, average: bool = False) -> Callab
 
     With `average`, `train_step_beside_average`: `(..., average, changed)`. The average is donated too.
     """
-    layout = shardings(abstract_state(config, mesh))
+    abstract = abstract_state(config, mesh)
+    layout = shardings(abstract)
+    streams, update = ema_beside.has_streams(mesh), None
+    if average:
+        update = ema_beside.make_update(
+            config.train.ema_decay, abstract.params, batch_sharding(mesh), streams
+        )
     ramp = config.train.ramp_start_batch > 0
 
     def step(state: TrainState, batch: Batch, n_micro: Any, schedules: Schedules, *rest: Any):
         with use_mesh(mesh, config.mesh):
             # A known trip count lets XLA see the loop's length; only a ramp needs it at run time.
             n = n_micro if ramp else batch["tokens"].shape[0]
-            if average:
-                return train_step_beside_average(config, state, batch, n, schedules, *rest)
+            if update:
+                return train_step_beside_average(config, state, batch, n, schedules, update, *rest)
             return train_step(config, state, batch, n, schedules)
 
     alone = replicated(mesh)
     ins, outs = (layout, batch_sharding(mesh), alone, alone), (layout, alone)
     if not average:
         return jax.jit(step, in_shardings=ins, out_shardings=outs, donate_argnums=0)
-    params, hosts = abstract_state(config, mesh).params, ema.shardings(layout.params, config.train.ema_memory)
-    places = jax.tree.map(lambda x: x.sharding, ema_beside.abstract_average(params, hosts))
+    hosts = ema.shardings(layout.params, config.train.ema_memory)
+    places = jax.tree.map(lambda x: x.sharding, ema_beside.abstract_average(abstract.params, hosts))
     return jax.jit(
         step,
         in_shardings=(*ins, places, alone),
         out_shardings=(*outs, places),
         donate_argnums=(0, 4),
-        compiler_options=ema_beside.COMPILER_OPTIONS if ema_beside.has_streams(mesh) else None,
+        compiler_options=ema_beside.COMPILER_OPTIONS if streams else None,
     )
 
 
