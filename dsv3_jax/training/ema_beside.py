@@ -29,7 +29,10 @@ from dsv3_jax.parallel.mesh import replicated
 from dsv3_jax.training import ema, visits
 from dsv3_jax.training.ema import Params, Shardings, averaged
 
-LANES = 4  # While what some carry comes in, or waits for room to be mixed in, what others carry goes out.
+# While what some lanes carry comes in, or waits for room to be mixed in, what others carry goes out. But a
+# GPU has few queues for copies to the host, and a value that the host awaits stands in one of them behind all
+# that lanes put there: in every layer that sends tokens to experts on other devices.
+LANES, LANES_ON_SEVERAL = 4, 2  # On one GPU, which has all of the average to carry, and on each of several.
 FIRST = 4  # Of the lanes' streams: before it are those that XLA gives small sums over devices, by turns.
 LARGEST_SHARE = 1 / 3  # Of all bytes, in one piece: alone in a lane it must not take as long as a step.
 BLOCK_BYTES = 96 << 20  # At most so much of each piece visits at once, where an array can be cut so.
@@ -77,6 +80,13 @@ def has_streams(mesh: Mesh) -> bool:
     """
     known = _call is not None and jax.__version_info__[:2] == (0, 11)
     return known and mesh.devices.flat[0].platform == "gpu"
+
+
+def lane_count(mesh: Mesh) -> int:
+    """How many streams carry the average beside a step on these devices; 0 where they have none for it."""
+    if not has_streams(mesh):
+        return 0
+    return LANES if mesh.size == 1 else LANES_ON_SEVERAL
 
 
 def applies(config: Config, mesh: Mesh) -> bool:
@@ -204,11 +214,11 @@ def _returned(average: Params, aside: tuple[tuple[Array, ...], ...]) -> Params:
 # ---------------------------------------------------------------- in the step
 
 
-def make_update(decay: float, params: Params, batch: Any, streams: bool) -> Update:
+def make_update(decay: float, params: Params, batch: Any, lanes: int) -> Update:
     """`update` as `(average, params, finite, first) -> (average, first)`, on each device its own part.
 
     Args:
-      decay, streams: see `update`.
+      decay, lanes: see `update`.
       params: shapes of the parameters, with their shardings.
       batch: the sharding of every array of `first`.
     """
@@ -217,14 +227,14 @@ def make_update(decay: float, params: Params, batch: Any, streams: bool) -> Upda
 
     def run(average: Average, new: Params, finite: Any, first: Any) -> tuple[Average, Any]:
         ins = places, here, replicated(batch.mesh), jax.tree.map(lambda _: batch, first)
-        change = functools.partial(update, decay, streams=streams)
+        change = functools.partial(update, decay, lanes=lanes)
         return _on_each_device(change, ins, (places, ins[-1]))(average, new, finite, first)
 
     return run
 
 
 def update(
-    decay: float, average: Average, params: Params, finite: Bool[Array, ""], first: Any, streams: bool
+    decay: float, average: Average, params: Params, finite: Bool[Array, ""], first: Any, lanes: int
 ) -> tuple[Average, Any]:
     """What `training.ema.make_update` does, as part of a training step that has `params` as its input.
 
@@ -237,7 +247,7 @@ def update(
       params: the parameters after it.
       finite: whether the last step changed them.
       first: what the step reads first, any tree. It comes back as it was, when the update is on its way.
-      streams: beside the step, where the device `has_streams`; without, XLA orders it as it likes.
+      lanes: streams that carry it beside the step, see `lane_count`; with 0, XLA orders it as it likes.
     """
     leaves, tree = jax.tree.flatten(average.params)
     new, divided = jax.tree.leaves(params), divisions(leaves)
@@ -249,9 +259,9 @@ def update(
     def size(key: tuple[int, int]) -> float:
         return leaves[key[0]].size / divided[key[0]].turns * parts[key][1]
 
-    carried = [0.0] * LANES
+    carried = [0.0] * max(lanes, 1)
     with jax.named_scope("ema"):
-        if streams:
+        if lanes:
             assert _call is not None, "no streams before JAX 0.11"
             early = _call(lambda x, *needed: lax.optimization_barrier((x, needed))[0], inlineable="false")
             finite = early(finite, *arrays.values(), *new)
@@ -260,7 +270,7 @@ def update(
             visit = _visit(decay, divided[key[0]], *parts[key])
             lane = carried.index(min(carried))
             carried[lane] += size(key)
-            if streams and _call is not None:
+            if lanes and _call is not None:
                 visit = _call(visit, _xla_stream_annotation=str(FIRST + lane), inlineable="false", **EARLY)
             arrays[key] = visit(arrays[key], new[key[0]], finite)
     aside = tuple(

@@ -187,11 +187,9 @@ def make_train_step(config: Config, mesh: Mesh, average: bool = False) -> Callab
     """
     abstract = abstract_state(config, mesh)
     layout = shardings(abstract)
-    streams, update = ema_beside.has_streams(mesh), None
+    lanes, update = ema_beside.lane_count(mesh), None
     if average:
-        update = ema_beside.make_update(
-            config.train.ema_decay, abstract.params, batch_sharding(mesh), streams
-        )
+        update = ema_beside.make_update(config.train.ema_decay, abstract.params, batch_sharding(mesh), lanes)
     ramp = config.train.ramp_start_batch > 0
 
     def step(state: TrainState, batch: Batch, n_micro: Any, schedules: Schedules, *rest: Any):
@@ -213,7 +211,7 @@ def make_train_step(config: Config, mesh: Mesh, average: bool = False) -> Callab
         in_shardings=(*ins, places, alone),
         out_shardings=(*outs, places),
         donate_argnums=(0, 4),
-        compiler_options=ema_beside.COMPILER_OPTIONS if streams else None,
+        compiler_options=ema_beside.COMPILER_OPTIONS if lanes else None,
     )
 
 

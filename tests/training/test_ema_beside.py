@@ -50,7 +50,7 @@ def test_any_shape_inside_a_program(monkeypatch, block_bytes):
     divided = jax.tree.map(lambda x: x.sharding, ema_beside.abstract_average(old, places))
 
     def update(average, params, changed, batch):
-        return ema_beside.update(DECAY, average, params, changed, batch, streams=False)
+        return ema_beside.update(DECAY, average, params, changed, batch, lanes=0)
 
     step = jax.jit(update, donate_argnums=0, out_shardings=(divided, DEVICE))
     average = ema.init(jax.device_put(old, DEVICE), places)
@@ -85,7 +85,7 @@ def test_on_a_mesh_each_device_updates_its_own_part(monkeypatch, block_bytes):
     keeper = ema_beside.Keeper(old, layout)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), new)
     divided = jax.tree.map(lambda x: x.sharding, ema_beside.abstract_average(old, layout))
-    update = ema_beside.make_update(DECAY, shapes, rows, streams=False)
+    update = ema_beside.make_update(DECAY, shapes, rows, lanes=0)
     step = jax.jit(update, donate_argnums=0, out_shardings=(divided, rows))
     batch = jax.device_put(np.arange(16.0).reshape(1, 8, 2), rows)
     apart = keeper.apart(ema.init(old, layout))
