@@ -60,6 +60,7 @@ def surroundings(config, workdir, place):
         # The client pins 64 GB at most; moments and average of a large model take more.
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 30
         os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", str(max(64, memory)))
+    if config.train.ema_memory == "host":
         # All streams share a GPU's queues for copies, by default few, and a copy waits for all before it.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     import jax

@@ -125,13 +125,9 @@ def linear(
 def _linear_fwd(x: Array, w: Array, recipe: FP8Config, after_attention: bool):
     x8 = activation(x, recipe, power_of_two=after_attention and recipe.power_of_two)
     keep = recipe.attention_output if after_attention else "fp8"
-    kept = (
-        x8
-        if keep == "fp8"
-        else x
-        if keep == "bf16"
-        else pack_rows_e5m6(x, implementation=recipe.implementation)
-    )
+    kept = x8 if keep == "fp8" else x
+    if keep == "e5m6":
+        kept = pack_rows_e5m6(x, implementation=recipe.implementation)
     return product(x8, weight(w, recipe, transpose=True), None, recipe, x.dtype), (kept, w)
 
 

@@ -341,10 +341,8 @@ def _constant_twice(x: float):
 
 
 def _choose(mask, a, b):
-    """The bits of `a` where the mask is set, and of `b` elsewhere."""
-    return _ptx(
-        "lop3.b32 $0, $1, $2, $3, 0xCA;", "r", mask, a, b
-    )  # Written as three, it stays more than one.
+    """The bits of `a` where the mask is set, and of `b` elsewhere: three operations, but one instruction."""
+    return _ptx("lop3.b32 $0, $1, $2, $3, 0xCA;", "r", mask, a, b)
 
 
 def _prmt(a, b, order: int):
